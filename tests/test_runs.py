@@ -74,7 +74,7 @@ def test_interrupted_equals_uninterrupted(tmp_path):
 
 
 def test_two_writers(tmp_path):
-    script = 'import sys, time; from vlm_repro.core.runs import open_run; open_run(sys.argv[1], {"paper": "demo", "seed": 0}); print("in", flush=True); time.sleep(60)'
+    script = 'import sys, time; from vlm_repro.core.runs import open_run; run = open_run(sys.argv[1], {"paper": "demo", "seed": 0}); print("in", flush=True); time.sleep(60)'
     other = subprocess.Popen([sys.executable, '-c', script, str(tmp_path/'run')], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline().strip() == 'in'
