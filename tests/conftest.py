@@ -1,0 +1,22 @@
+"""One thread a test process, and no skip without a reason."""
+import os
+
+import pytest
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+UNEXPLAINED = ("", "unconditional skip", "Skipped: ")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Turn a skip that gives no reason into a failure."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if reason.removeprefix("Skipped: ").strip() in UNEXPLAINED:
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid}: skipped without a reason"
