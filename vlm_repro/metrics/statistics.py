@@ -17,6 +17,9 @@ from statistics import NormalDist
 
 import numpy as np
 
+# %% ../../nbs/metrics/statistics.ipynb #05cdcb2b
+Reduce = Callable[[np.ndarray, np.ndarray], np.ndarray] # from sums (..., k) and counts (...) to a statistic (...)
+
 # %% ../../nbs/metrics/statistics.ipynb #de527368
 @dataclass(frozen=True)
 class Interval:
@@ -42,8 +45,6 @@ class Interval:
         return f'**{self.value:.4g}**{bounds} ({self.level:.0%}, n = {self.n}, {self.n_clusters} clusters{note})'
 
 # %% ../../nbs/metrics/statistics.ipynb #6220b63f
-Reduce = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
 def mean(
     totals:np.ndarray, # (..., 1) sums of the values
     n:np.ndarray, # (...) number of samples, a sample drawn twice counting twice
