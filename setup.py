@@ -64,6 +64,7 @@ if __name__ == "__main__":
         ],
         packages=find_packages(include=["vlm_repro", "vlm_repro.*"]),
         package_data={"vlm_repro": ["assets/**/*"]},
+        include_package_data=False,
         install_requires=lines(settings["requirements"]),
         extras_require=extras(settings),
         entry_points={
