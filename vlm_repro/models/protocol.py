@@ -11,7 +11,7 @@ __all__ = ['Lengths', 'Model', 'ModelError', 'Spec', 'parse_spec', 'tiny_checkpo
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -66,6 +66,7 @@ class Spec:
     kind: str # `tiny`, `local` or `openai`
     name: str # a path, a hub id, the name by which a server knows the model; for `tiny` the paper
     url: str | None = None # the server, where one is named
+    given: str = '' # the string itself
 
 # %% ../../nbs/models/protocol.ipynb #2ec0ebdd
 _server = re.compile(r'(?P<name>.+?)(?:@(?P<url>https?://.+))?')
@@ -76,13 +77,13 @@ def parse_spec(
     "Take a model string apart; raises ModelError for one that cannot be meant."
     spec = spec.strip()
     if not spec: raise ModelError('the model string is empty: use `tiny`, a path, a hub id, `openai:NAME` or `openai:NAME@http://host:port/v1`')
-    if spec == 'tiny': return Spec('tiny', 'mmwalk')
-    if not spec.startswith('openai:'): return Spec('local', spec)
+    if spec == 'tiny': return Spec('tiny', 'mmwalk', given=spec)
+    if not spec.startswith('openai:'): return Spec('local', spec, given=spec)
     found = _server.fullmatch(spec.removeprefix('openai:'))
     if not found: raise ModelError(f'{spec!r} names no model: write `openai:NAME` or `openai:NAME@http://host:port/v1`')
     if re.search(r'@[^@]*[:/]', found['name']):
         raise ModelError(f'{spec!r}: a server address starts with http:// or https://, as in `openai:NAME@http://host:port/v1`')
-    return Spec('openai', found['name'], found['url'])
+    return Spec('openai', found['name'], found['url'], spec)
 
 # %% ../../nbs/models/protocol.ipynb #497224ad
 def tiny_checkpoint(
@@ -117,5 +118,5 @@ def load_model(
     module, function = _backends[parsed.kind]
     loader = getattr(import_module(module), function)
     _check_options(loader, options, ('tiny',) if parsed.kind == 'tiny' else ())
-    if parsed.kind == 'tiny': parsed = Spec('tiny', options.pop('tiny', 'mmwalk'))
+    if parsed.kind == 'tiny': parsed = replace(parsed, name=options.pop('tiny', 'mmwalk'))
     return loader(parsed, **options)
