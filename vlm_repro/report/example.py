@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ..core.manifest import build_manifest
 from ..core.records import Answer, Generation, MediaRef, Request, Sample, Score, digest, failed, to_row
 from ..core.runs import RunFolder, open_run
 
@@ -140,10 +141,11 @@ def example_run(
     return Path(out)
 
 def _write(run:RunFolder, samples:list[Sample], requests:list[Request], generations:list[Generation], answers:list[Answer], scores:list[Score]) -> None:
-    run.write('samples', [{**to_row(s), 'request': {'messages': r.messages, 'provenance': r.provenance}} for s, r in zip(samples, requests)])
+    run.write('samples', [{**to_row(s), 'request': to_row(r)} for s, r in zip(samples, requests)])
     for stage, records in (('predictions', generations), ('answers', answers), ('scores', scores)): run.write(stage, map(to_row, records))
     of = {s.id: s.meta['category'] for s in samples}
     cells = [_cell(c, v, [s for s in scores if of[s.id] == c]) for c in _ASKED for v in ('corrected', 'as_published')]
     run.write_text('table.csv', _csv(cells))
-    run.finish({'paper': 'example', 'watermark': 'drawn data: not the paper\'s', 'packages': {'vlm_repro': '0'}, 'model': {'class': 'none', 'processor': 'none'}})
+    run.append('timings', [{'n': len(samples), 'seconds': 1., 'n_prompt': 86*len(samples), 'n_visual': 48*len(samples), 'n_new': sum(g.n_new for g in generations)}])
+    run.finish(build_manifest(run, {'name': 'example', 'n': len(samples)}, {'class': 'none', 'processor': 'none'}, 'drawn data, written answers: says nothing of any model'))
     run.close()

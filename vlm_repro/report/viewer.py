@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from string import Template
 from typing import Any
 
+from ..core.assets import asset
 from ..core.media import MediaError, open_image
 from ..core.runs import RunFolder
 from .rundata import Row, RunData, error_label, groups, load_run, scalar
@@ -185,8 +186,7 @@ def _facts(run:RunData, kinds:list[dict[str, str]]) -> str:
     return ' · '.join(parts if run.complete else [*parts, 'not complete'])
 
 def _asset(name:str) -> str:
-    from importlib.resources import files
-    return files('vlm_repro').joinpath('assets', 'viewer', name).read_text(encoding='utf-8')
+    return asset(f'viewer/{name}').read_text(encoding='utf-8')
 
 def _json(data:Any) -> str:
     return json.dumps(data, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c').replace('\u2028', '\\u2028').replace('\u2029', '\\u2029')
