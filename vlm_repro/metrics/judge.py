@@ -266,10 +266,9 @@ def scores_of(
 ) -> tuple[Score, Score]: # corrected, as published
     "The scores of one answer in both variants."
     read = [n for n in (lone_integer(r.text) for r in attempts) if n is not None]
-    first = next((r.text for r in attempts if r.error is None), None)
-    label = 'ok' if read else _failure(attempts)
-    corrected = (float(read[0]),) if read else None
-    return Score(id, metric, 'corrected', corrected, label), Score(id, metric, 'as_published', (float(first_digit(first)),), label)
+    came = [r.text for r in attempts if r.error is None]
+    corrected = Score(id, metric, 'corrected', (float(read[0]),)) if read else Score(id, metric, 'corrected', None, _failure(attempts))
+    return corrected, Score(id, metric, 'as_published', (float(first_digit(came[0] if came else None)),), 'ok' if came else _failure(attempts))
 
 # %% ../../nbs/metrics/judge.ipynb #4c796b4a
 def failed_scores(
