@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# %% ../../nbs/core/jsonl.ipynb #0a20a3cf
+_RESTORE = 'restore the file from the release'
+
 # %% ../../nbs/core/jsonl.ipynb #c3736cf9
 class DataError(ValueError):
     "Data that cannot be used as it is; the message says where, what happened and what to do (source: ours)."
@@ -45,10 +48,10 @@ def parse_line(
 ) -> dict[str, Any] | Problem: # the record, or why there is none
     "One line of a JSON Lines file; a byte order mark and a CRLF end are accepted."
     try: record = json.loads(raw.decode('utf-8-sig'))
-    except UnicodeDecodeError as e: return Problem('broken_line', where, f'not UTF-8 ({e.reason} at byte {e.start}); restore the file from the release')
-    except json.JSONDecodeError as e: return Problem('broken_line', where, f'not JSON ({e.msg} at column {e.colno}); restore the file from the release')
+    except UnicodeDecodeError as e: return Problem('broken_line', where, f'not UTF-8 ({e.reason} at byte {e.start}); {_RESTORE}')
+    except json.JSONDecodeError as e: return Problem('broken_line', where, f'not JSON ({e.msg} at column {e.colno}); {_RESTORE}')
     if isinstance(record, dict): return record
-    return Problem('broken_line', where, f'a JSON {type(record).__name__} where an object was expected; restore the file from the release')
+    return Problem('broken_line', where, f'a JSON {type(record).__name__} where an object was expected; {_RESTORE}')
 
 # %% ../../nbs/core/jsonl.ipynb #df10cacd
 def read_lines(

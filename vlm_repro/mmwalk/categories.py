@@ -19,7 +19,7 @@ from .annotations import CATEGORIES, DIFFICULTY, UNKNOWN
 
 # %% ../../nbs/mmwalk/categories.ipynb #2ede0612
 _RULES = [(category, re.compile(pattern, re.IGNORECASE)) for category, pattern in (
-    ('M2', r'^(can|could|would|how (would|can|could))?( you| one)?( please)? ?(describe|summari[sz]e)\b(?!.*\bweather\b)'),
+    ('M2', r'^(please|can|could|would|how (would|can|could))?( you| one)?( please)? ?(describe|summari[sz]e)\b(?!.*\bweather\b)'),
     ('M1', r'^where\b|\brelative (position|location|direction)\b'),
     ('E4', r'^(what|which)( is| are)?( the)? colou?rs?\b'),
     ('E3', r'\bhow many\b|\bnumber of\b'),
