@@ -106,6 +106,12 @@ def _scores(sample:Sample, answer:Answer) -> list[Score]:
     value = 5. if answer.value == sample.gold else 2.
     return [Score(sample.id, 'judge', v, (value,)) for v in ('corrected', 'as_published')]
 
+# %% ../../nbs/report/example.ipynb #fe4791bc
+def _judged(answer:Answer, score:Score) -> dict[str, Any]:
+    equal = score.values == (5.,)
+    return {'id': f'{answer.id}-1', 'key': answer.id, 'attempt': 1, 'judge': 'judge', 'sample': answer.id, 'reply': '5' if equal else '2',
+            'error': None, 'why': 'equal text' if equal else 'other text', 'n_prompt': 0, 'n_new': 0}
+
 # %% ../../nbs/report/example.ipynb #9b75e12c
 def _cell(category:str, variant:str, scores:list[Score]) -> dict[str, Any]:
     values = [s.values[0] for s in scores if s.values and s.variant == variant]
@@ -137,6 +143,7 @@ def example_run(
     answers = [_answer(g) for g in generations]
     scores = [s for sample, a in zip(samples, answers) for s in _scores(sample, a)]
     run = open_run(out, {'paper': 'example', 'model': 'written down', 'seed': 0, **(settings or {})}, {'batch_size': 4})
+    run.append('judge', [_judged(a, s) for a, s in zip(answers, scores[::2]) if s.values])
     _write(run, samples, requests, generations, answers, scores)
     return Path(out)
 
