@@ -84,7 +84,7 @@ def prompt_html(
 def _sample_text(sample:Sample, request:Request|None) -> str:
     lines = [sample.id, *(f'  {k}: {v}' for k, v in sample.meta.items() if k != 'text'), *(f'  image: {m.path}' for m in sample.media)]
     for m in (request.messages if request else []):
-        lines += [f'  {m["role"]}:', *(f'    {line}' for p in _parts(m) for line in (f'[image {Path(p["image"]).name}]' if p['type'] == 'image' else str(p.get('text', p))).splitlines())]
+        lines += [f'  {m["role"]}:', *(f'    {line}' for p in _parts(m) for line in (f'[image {"/".join(Path(p["image"]).parts[-3:])}]' if p['type'] == 'image' else str(p.get('text', p))).splitlines())]
     return '\n'.join([*lines, f'  question: {sample.question}', f'  gold: {sample.gold}'])
 
 def sample_card(
@@ -138,10 +138,10 @@ def _grid(cells:list[Row]) -> tuple[list[str], list[list[str]]]:
     return ['', *(v.replace('_', ' ') for v in variants), 'n', 'failed', *(['verdict'] if judged else [])], rows
 
 # %% ../../nbs/report/tables.ipynb #8f2c2a3a
-def _titled(run:RunData, table:str|None, metric:str|None) -> list[tuple[str, list[str], list[list[str]]]]:
+def _titled(run:RunData, wanted:Mapping[str, str|None]) -> list[tuple[str, list[str], list[list[str]]]]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for c in run.table:
-        if table in (None, c['table']) and metric in (None, c['metric']):
+        if all(v in (None, c[k]) for k, v in wanted.items()):
             groups.setdefault(tuple(c.get(k) or '' for k in ('table', 'row', 'metric', 'unit', 'cluster')), []).append(c)
     titles = {k: f'{k[0]}: {k[2]} of {k[1]}, {k[3]}' + (f', intervals over {k[4]}' if k[4] else '') for k in groups}
     return [(titles[k], *_grid(cells)) for k, cells in groups.items()]
@@ -161,13 +161,15 @@ def score_table(
     run:'str|Path|RunFolder|RunData', # a scored run
     table:str|None=None, # one table of the run; None for all
     metric:str|None=None, # one metric; None for all
+    cluster:str|None=None, # intervals over these clusters; None for all
 ) -> Shown: # for a notebook or a terminal
-    "The tables of a run; raises ValueError, listing the tables there are, if it has none of that name."
-    data = load_run(run)
-    found = _titled(data, table, metric)
+    "The tables of a run; raises ValueError, listing what there is, if it has none that fits."
+    data, wanted = load_run(run), {'table': table, 'metric': metric, 'cluster': cluster}
+    if not data.table: raise ValueError(f'{data.name}: table.csv is missing; score the run first')
+    found = _titled(data, wanted)
     if not found:
-        known = sorted({f'{c["table"]}/{c["metric"]}' for c in data.table})
-        raise ValueError(f'{data.name}: no table {table or ""}{"/" + metric if metric else ""}; ' + (f'it has {", ".join(known)}' if known else 'table.csv is missing: score the run first'))
+        known = '; '.join(f'{k} {", ".join(sorted({c[k] for c in data.table}))}' for k in wanted)
+        raise ValueError(f'{data.name}: no table with {", ".join(f"{k} {v}" for k, v in wanted.items() if v)}; it has {known}')
     text = '\n\n'.join(_text_table(*f) for f in found)
     return Shown(banner(data.watermark) + ''.join(_html_table(*f) for f in found), (f'WATERMARK: {data.watermark}\n\n' if data.watermark else '') + text)
 
