@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..core.runs import RunFolder
-from .rundata import Row, RunData, load_run, scalar
+from .rundata import Row, RunData, choose_cells, load_run, scalar
 
 # %% ../../nbs/report/figures.ipynb #fe37a3cf
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00')
@@ -54,14 +54,6 @@ def watermark(
 def _float(text:Any) -> float|None:
     return None if text in (None, '', 'None', 'nan') else float(text)
 
-def _chosen(run:RunData, table:str, metric:str|None, cluster:str|None) -> list[Row]:
-    cells = [c for c in run.table if c['table'] == table]
-    metric = metric or next((c['metric'] for c in cells), None)
-    cluster = cluster or next((c.get('cluster') for c in cells if c['metric'] == metric), None)
-    found = [c for c in cells if c['metric'] == metric and c.get('cluster') == cluster]
-    if not found: raise ValueError(f'{run.name}: no cells of table {table!r} with metric {metric!r}; it has ' + (', '.join(sorted({f'{c["table"]}/{c["metric"]}' for c in run.table})) or 'no table'))
-    return found
-
 def _bar(axes:Axes, cells:Mapping[str, Row], columns:Sequence[str], k:int, n:int, label:str) -> None:
     width, at = .8/n, [i - .4 + (k + .5)*.8/n for i in range(len(columns))]
     values = [_float(cells.get(c, {}).get('value')) for c in columns]
@@ -79,14 +71,15 @@ def _marks(axes:Axes, columns:Sequence[str], marks:Mapping[str, Mapping[str, flo
 
 def bars(
     run:'str|Path|RunFolder|RunData', # a scored run
-    table:str='category', # which table of the run
+    table:str|None=None, # which table of the run; None for the first
     metric:str|None=None, # None for the table's first
+    unit:str|None=None, # which scale; None for the table's first
     marks:Mapping[str, Mapping[str, float]]|None=None, # baseline to column to value, in the table's unit
     cluster:str|None=None, # which intervals; None for the table's first
 ) -> Figure: # one group a column, one bar a variant
     "The cells of a table as bars with their intervals; raises ValueError for a table the run does not have."
     data = load_run(run)
-    cells = _chosen(data, table, metric, cluster)
+    cells = choose_cells(data, table=table, metric=metric, unit=unit, cluster=cluster)
     columns, kinds = list(dict.fromkeys(c['column'] for c in cells)), list(dict.fromkeys((c['row'], c['variant']) for c in cells))
     figure, axes = _figure(max(5., .9*len(columns) + 2.4), 3.9)
     several = len({r for r, _ in kinds}) > 1

@@ -20,7 +20,7 @@ from typing import Any
 from ..core.media import MediaError, resolve
 from ..core.records import Generation, Request, Sample, Score
 from ..core.runs import RunFolder
-from .rundata import Row, RunData, load_run
+from .rundata import Row, RunData, choose_cells, load_run
 from .viewer import browse, in_frame, judge_replies, thumbnail
 
 # %% ../../nbs/report/tables.ipynb #fff6ccc5
@@ -138,13 +138,12 @@ def _grid(cells:list[Row]) -> tuple[list[str], list[list[str]]]:
     return ['', *(v.replace('_', ' ') for v in variants), 'n', 'failed', *(['verdict'] if judged else [])], rows
 
 # %% ../../nbs/report/tables.ipynb #8f2c2a3a
-def _titled(run:RunData, wanted:Mapping[str, str|None]) -> list[tuple[str, list[str], list[list[str]]]]:
+def _titled(cells:Iterable[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
+    keys = ('table', 'row', 'metric', 'unit', 'cluster')
     groups: dict[tuple[str, ...], list[Row]] = {}
-    for c in run.table:
-        if all(v in (None, c[k]) for k, v in wanted.items()):
-            groups.setdefault(tuple(c.get(k) or '' for k in ('table', 'row', 'metric', 'unit', 'cluster')), []).append(c)
-    titles = {k: f'{k[0]}: {k[2]} of {k[1]}, {k[3]}' + (f', intervals over {k[4]}' if k[4] else '') for k in groups}
-    return [(titles[k], *_grid(cells)) for k, cells in groups.items()]
+    for c in cells: groups.setdefault(tuple(c.get(k) or '' for k in keys), []).append(c)
+    titles = {k: f'{k[0]}: {k[2]} of {k[1]} ({k[3]})' + (f', intervals over {k[4]}' if k[4] else '') for k in groups}
+    return [(titles[k], *_grid(found)) for k, found in groups.items()]
 
 def _html_table(title:str, head:list[str], rows:list[list[str]]) -> str:
     def cell(tag:str, value:str, i:int) -> str:
@@ -159,17 +158,14 @@ def _text_table(title:str, head:list[str], rows:list[list[str]]) -> str:
 # %% ../../nbs/report/tables.ipynb #880d1125
 def score_table(
     run:'str|Path|RunFolder|RunData', # a scored run
-    table:str|None=None, # one table of the run; None for all
-    metric:str|None=None, # one metric; None for all
-    cluster:str|None=None, # intervals over these clusters; None for all
+    table:str='all', # one table of the run, or `all`
+    metric:str='all', # one metric, or `all`
+    unit:str|None=None, # one scale, or `all`; None for the first
+    cluster:str|None=None, # intervals over these clusters, or `all`; None for the first
 ) -> Shown: # for a notebook or a terminal
     "The tables of a run; raises ValueError, listing what there is, if it has none that fits."
-    data, wanted = load_run(run), {'table': table, 'metric': metric, 'cluster': cluster}
-    if not data.table: raise ValueError(f'{data.name}: table.csv is missing; score the run first')
-    found = _titled(data, wanted)
-    if not found:
-        known = '; '.join(f'{k} {", ".join(sorted({c[k] for c in data.table}))}' for k in wanted)
-        raise ValueError(f'{data.name}: no table with {", ".join(f"{k} {v}" for k, v in wanted.items() if v)}; it has {known}')
+    data = load_run(run)
+    found = _titled(choose_cells(data, table=table, metric=metric, unit=unit, cluster=cluster))
     text = '\n\n'.join(_text_table(*f) for f in found)
     return Shown(banner(data.watermark) + ''.join(_html_table(*f) for f in found), (f'WATERMARK: {data.watermark}\n\n' if data.watermark else '') + text)
 
