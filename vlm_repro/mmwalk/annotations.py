@@ -41,33 +41,37 @@ class RecordError(ValueError):
         self.label, self.detail = label, detail
 
 # %% ../../nbs/mmwalk/annotations.ipynb #2fa6b6c4
+_MALFORMED = (KeyError, IndexError, TypeError, AttributeError)
+
+def _content(record:Mapping[str, Any], kind:str) -> list[str]: # the paths or texts of the first turn
+    try: return [item[kind] for item in record['conversation'][0]['content'] if item['type'] == kind]
+    except _MALFORMED as e: raise RecordError('bad_record', f'not a chat record with a user and an assistant turn ({type(e).__name__}: {e})') from e
+
+# %% ../../nbs/mmwalk/annotations.ipynb #7f9c5e85
 def extract_question(
     record:Mapping[str, Any], # a test record
 ) -> str: # `[MISSING QUESTION]` when no text item holds the marker
-    "The question as the published evaluation reads it; KeyError, IndexError or TypeError on a malformed record."
-    for item in record['conversation'][0]['content']:
-        if item['type'] == 'text' and MARKER in item['text']:
-            found = _MARKER.search(item['text'])
-            if found: return found.group(1).strip()
-    return MISSING_QUESTION
+    "The question as the published evaluation reads it; RecordError on a malformed record, where that crashes."
+    marked = (text for text in _content(record, 'text') if MARKER in text)
+    found = _MARKER.search(next(marked, ''))
+    return found.group(1).strip() if found else MISSING_QUESTION
 
-# %% ../../nbs/mmwalk/annotations.ipynb #7f9c5e85
+# %% ../../nbs/mmwalk/annotations.ipynb #d04acdfe
 def extract_answer(
     record:Mapping[str, Any], # a test record, or a prediction in the same form
 ) -> str:
-    "The text of the second turn's first item, stripped; KeyError, IndexError or TypeError on a malformed record."
-    return record['conversation'][1]['content'][0]['text'].strip()
+    "The text of the second turn's first item, stripped; RecordError on a malformed record, where the published evaluation crashes."
+    try: return record['conversation'][1]['content'][0]['text'].strip()
+    except _MALFORMED as e: raise RecordError('bad_record', f'no answer in the second turn ({type(e).__name__}: {e})') from e
 
-# %% ../../nbs/mmwalk/annotations.ipynb #d04acdfe
+# %% ../../nbs/mmwalk/annotations.ipynb #bb829662
 def extract_scenario(
     record:Mapping[str, Any], # a test record
 ) -> str: # `[UNKNOWN SCENARIO]` when no image path tells it
-    "The leading ASCII letters of the folder below `QAFrames/` in the first image path that has them."
-    for item in record['conversation'][0]['content']:
-        folder = _FOLDER.search(item['image']) if item['type'] == 'image' else None
-        letters = _LETTERS.match(folder.group(1)) if folder else None
-        if letters: return letters.group()
-    return UNKNOWN_SCENARIO
+    "The leading ASCII letters of the folder below `QAFrames/` in the first image path that has them; RecordError on a malformed record."
+    folders = (_FOLDER.search(path) for path in _content(record, 'image'))
+    letters = (_LETTERS.match(folder.group(1)) for folder in folders if folder)
+    return next((found.group() for found in letters if found), UNKNOWN_SCENARIO)
 
 # %% ../../nbs/mmwalk/annotations.ipynb #fee74619
 def chat_record(
@@ -136,12 +140,9 @@ def scenario_of(
 
 # %% ../../nbs/mmwalk/annotations.ipynb #b7a9904e
 def _shape(record:Mapping[str, Any]) -> tuple[list[Any], str, str]:
-    try:
-        content, answer = record['conversation'][0]['content'], record['conversation'][1]['content'][0]['text']
-        images = [item['image'] for item in content if item['type'] == 'image']
-        texts = [item['text'] for item in content if item['type'] == 'text']
-    except (KeyError, IndexError, TypeError) as e:
-        raise RecordError('bad_record', f'not a chat record with a user and an assistant turn ({type(e).__name__}: {e})') from e
+    images, texts = _content(record, 'image'), _content(record, 'text')
+    try: answer = record['conversation'][1]['content'][0]['text']
+    except _MALFORMED as e: raise RecordError('bad_record', f'no answer in the second turn ({type(e).__name__}: {e})') from e
     if not all(isinstance(x, str) for x in [*images, *texts, answer]): raise RecordError('bad_record', 'a path or a text is not a string')
     if not texts: raise RecordError('no_question', 'the record has no text item; restore the file from the release')
     return images, texts[0], answer
@@ -163,6 +164,7 @@ def chat_sample(
     release:str=UNKNOWN, # the release it belongs to, kept in the sample's `meta`
     expected:str|None=None, # the category that the file's name gives
     split:str='test', # the split it belongs to
+    empty_ok:bool=False, # accept an empty answer, as predictions may have
 ) -> Sample: # `meta` holds what the paper groups by, and the whole text item
     "A sample from a test record; raises RecordError when it is incomplete or contradicts itself."
     images, text, gold = _shape(record)
@@ -170,7 +172,7 @@ def chat_sample(
     media, trajectory, frame = media_of(tuple(images))
     question = question_of(text)
     if not question: raise RecordError('no_question', f'no question after {MARKER!r} in the text item; restore the file from the release')
-    if not gold.strip(): raise RecordError('no_gold', 'the gold answer is empty; restore the file from the release')
+    if not (gold.strip() or empty_ok): raise RecordError('no_gold', 'the gold answer is empty; restore the file from the release')
     return Sample(f'{category}-{trajectory}-{frame}-{digest(question)[:8]}', media, question, gold,
                   {'category': category, 'difficulty': DIFFICULTY[category[0]], 'scenario': scenario_of(trajectory), 'trajectory': trajectory,
                    'frame': frame, 'split': split, 'release': release, 'text': text, 'category_from': 'record'})

@@ -93,11 +93,12 @@ def release_of(
 def same_release(
     a:str, # a release
     b:str, # another
-    what:str, # what the two are, for the message
+    what_a:str, # what is of release `a`, for the message
+    what_b:str, # what is of release `b`
 ) -> None:
     "Raise DataError, with the reason, when two releases differ."
     if a == b: return
-    raise DataError(f'{what}: one is of release {a}, the other of {b}. v1 splits by question and v2 by trajectory, with other wording: their questions do '
+    raise DataError(f'{what_a} of release {a} do not go with {what_b} of release {b}: v1 splits by question and v2 by trajectory, with other wording: their questions do '
                     'not match, and most of v1\'s test questions are v2 training data. Use files of one release')
 
 # %% ../../nbs/mmwalk/release.ipynb #44512fe7

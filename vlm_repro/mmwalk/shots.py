@@ -46,6 +46,6 @@ def shots_for(
 ) -> Mapping[str, tuple[Sample, ...]]: # category → its shots
     "One set of shots a category; raises DataError when train and test are of different releases or train is too small."
     if k == 0: return {c: () for c in parse_categories(categories)}
-    same_release(train.identity['release'], test.identity['release'], 'train and test')
+    same_release(train.identity['release'], test.identity['release'], 'training questions', 'test questions')
     tested = {s.meta['trajectory'] for s in test.samples}
     return {c: draw_shots(train.samples, c, k, seed, tested) for c in parse_categories(categories)}

@@ -1,0 +1,99 @@
+"""Run the golden vectors: `python tests/golden.py DIR [--only PAPER[/TOPIC]] [--data DIR]`.
+
+Every `<paper>/<topic>.json` below DIR that holds `cases` is a topic. Its cases go through the adapter of that name in `golden_adapters/<paper>.py`, which only
+reshapes what a function of the package returns. A line a topic is printed, `paper/topic: passed/total`; the reasons of failures go to stderr.
+"""
+import argparse
+import importlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parent.parent/'shared'/'data'/'mmwalk'
+TOLERANCE = 1e-12
+RAISED = (ValueError, LookupError, TypeError)
+CRASHED = ('error', 'raises')
+
+
+@dataclass(frozen=True)
+class Result:
+    "One topic's outcome."
+    name: str
+    passed: int
+    total: int
+    reasons: tuple[str, ...] = ()
+
+
+def is_crash(expected: Any) -> bool:
+    "Whether the reference crashed instead of returning a value."
+    return isinstance(expected, dict) and any(expected.get(key) for key in CRASHED)
+
+
+def same(expected: Any, got: Any) -> bool:
+    "Equal values; floats within 1e-12, bool and int kept apart, and a crash of the reference matched by an error of ours."
+    if is_crash(expected): return is_crash(got)
+    if isinstance(expected, dict): return isinstance(got, dict) and expected.keys() == got.keys() and all(same(v, got[k]) for k, v in expected.items())
+    if isinstance(expected, list): return isinstance(got, list | tuple) and len(expected) == len(got) and all(map(same, expected, got))
+    if isinstance(expected, float) or isinstance(got, float):
+        return isinstance(got, int | float) and isinstance(expected, int | float) and math.isclose(expected, got, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    return type(expected) is type(got) and expected == got
+
+
+def run_case(adapter: Callable[[Any, Path], Any], case: dict[str, Any], data: Path) -> str | None:
+    "Why a case fails; None when it passes."
+    expected = case['expected'] if 'expected' in case else {key: case[key] for key in CRASHED if key in case}
+    try: got = adapter(case['input'], data)
+    except RAISED as e: return None if is_crash(expected) else f'raised {type(e).__name__}: {e}'
+    except Exception as e: return f'raised {type(e).__name__}: {e}'  # noqa: BLE001 - whatever a patched or broken function raises is a failed case
+    return None if same(expected, got) else f'expected {expected!r:.200}, got {got!r:.200}'
+
+
+def adapters_of(paper: str) -> dict[str, Callable[[Any, Path], Any]]:
+    "The adapters of a paper; none when it has no module."
+    if not (HERE/'golden_adapters'/f'{paper}.py').is_file(): return {}
+    return importlib.import_module(f'golden_adapters.{paper}').ADAPTERS
+
+
+def run_topic(path: Path, data: Path) -> Result:
+    "Run all cases of one file."
+    cases, name = json.loads(path.read_text('utf-8'))['cases'], f'{path.parent.name}/{path.stem}'
+    adapter = adapters_of(path.parent.name).get(path.stem)
+    if adapter is None: return Result(name, 0, len(cases), ('no adapter for this topic',))
+    reasons = [f'case {i}: {why}' for i, case in enumerate(cases) if (why := run_case(adapter, case, data))]
+    return Result(name, len(cases) - len(reasons), len(cases), tuple(reasons))
+
+
+def topics(folder: Path, only: str | None) -> Iterator[Path]:
+    "The topic files below a folder, or those of one paper or topic."
+    for path in sorted(folder.glob('*/*.json')):
+        if only and only not in (path.parent.name, f'{path.parent.name}/{path.stem}'): continue
+        held = json.loads(path.read_text('utf-8'))
+        if isinstance(held, dict) and 'cases' in held: yield path
+
+
+def main(argv: list[str] | None = None) -> int:
+    "Run, print, and return the exit status: 0 only when at least one case ran and all passed."
+    parser = argparse.ArgumentParser(description='Run golden vectors through the package.')
+    parser.add_argument('folder', type=Path, help='folder with <paper>/<topic>.json')
+    parser.add_argument('--only', help='PAPER or PAPER/TOPIC')
+    parser.add_argument('--data', type=Path, default=DATA, help='mmWalk data folder, for mmwalk/extract_real')
+    options = parser.parse_args(argv)
+    results = []
+    for path in topics(options.folder, options.only):
+        results.append(result := run_topic(path, options.data))
+        print(f'{result.name}: {result.passed}/{result.total}', flush=True)
+        for reason in result.reasons[:3]: print(f'  {result.name} {reason}', file=sys.stderr, flush=True)
+    passed, total = sum(r.passed for r in results), sum(r.total for r in results)
+    if not results: print(f'no topics below {options.folder}' + (f' for --only {options.only}' if options.only else ''), file=sys.stderr)
+    print(f'{passed} passed, {total - passed} failed')
+    return 0 if results and passed == total else 1
+
+
+if __name__ == '__main__':
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    sys.exit(main())

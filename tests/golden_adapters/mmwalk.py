@@ -1,0 +1,59 @@
+"""mmWalk: shape glue between the golden vectors and the package's functions."""
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlm_repro.core.jsonl import DataError
+from vlm_repro.mmwalk import annotations, predictions, prompt
+from vlm_repro.models import tiling
+
+
+def attempted(function: Callable[[Any], Any], record: Any) -> dict[str, Any]:
+    "A value, or the name of the documented error."
+    try: return {'value': function(record)}
+    except annotations.RecordError as e: return {'error': type(e).__name__}
+
+
+def extract_synthetic(given: Any, data: Path) -> dict[str, Any]:
+    return {'question': attempted(annotations.extract_question, given), 'answer': attempted(annotations.extract_answer, given),
+            'scenario': attempted(annotations.extract_scenario, given)}
+
+
+def extract_real(given: Any, data: Path) -> dict[str, Any]:
+    path = data/'test_data_chat'/given['file']
+    if not path.is_file(): raise DataError(f'no {path}; give the folder with the released annotations by --data')
+    line = path.read_bytes().split(b'\n')[given['line']]
+    if hashlib.sha256(line).hexdigest() != given['sha256']: raise DataError(f'{path}:{given["line"] + 1} is not the released line')
+    record = json.loads(line)
+    return {'question': annotations.extract_question(record), 'answer': annotations.extract_answer(record), 'scenario': annotations.extract_scenario(record)}
+
+
+def hf_messages(given: Any, data: Path) -> dict[str, Any]:
+    messages = prompt.record_messages(given['record'])
+    renamed = [{'role': m['role'], 'content': [{'type': 'image', 'path': p['image']} if p['type'] == 'image' else p for p in m['content']]} for m in messages]
+    images = [p['path'] for m in renamed for p in m['content'] if p['type'] == 'image']
+    return {'messages': renamed, 'processor_images': images, 'record': predictions.predicted_record(given['record'], given['model_text'])}
+
+
+def lmdeploy_prompt(given: Any, data: Path) -> dict[str, Any]:
+    text, images = prompt.record_prompt(given['record'])
+    return {'prompt': text, 'images': images, 'record': predictions.predicted_record(given['record'], given['model_text'], strip=True)}
+
+
+def internvl_tiling(given: Any, data: Path) -> dict[str, Any]:
+    limits = {k: given[k] for k in ('min_num', 'max_num', 'image_size')}
+    columns, rows = tiling.tile_grid(given['width'], given['height'], **limits)
+    tokens = tiling.visual_tokens(given['width'], given['height'], use_thumbnail=given['use_thumbnail'], **limits)
+    return {'cols': columns, 'rows': rows, 'tiles': tiling.tile_count(columns, rows, given['use_thumbnail']),
+            'image_tokens_at_448': tokens if given['image_size'] == 448 else None}
+
+
+ADAPTERS: dict[str, Callable[[Any, Path], Any]] = {
+    'extract_synthetic': extract_synthetic,
+    'extract_real': extract_real,
+    'hf_messages': hf_messages,
+    'lmdeploy_prompt': lmdeploy_prompt,
+    'tiling': internvl_tiling,
+}
