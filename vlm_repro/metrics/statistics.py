@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/metrics/statistics.html.md"""
 
 # %% auto #0
 __all__ = ['Reduce', 'Interval', 'mean', 'macro_mean', 'by_group', 'cluster_weights', 'resampled', 't_quantile',
-           'expanded_percentiles', 'clustered_interval', 'clustered_interval_of', 'Paired', 'sign_flip_p',
+           'expanded_percentiles', 'too_few', 'clustered_interval', 'clustered_interval_of', 'Paired', 'sign_flip_p',
            'paired_test', 'McNemar', 'mcnemar']
 
 # %% ../../nbs/metrics/statistics.ipynb #9cf517ed
@@ -135,8 +135,17 @@ def _checked(values:np.ndarray, clusters:Sequence[str]) -> np.ndarray:
     if len(bad): raise ValueError(f'row {bad[0]} holds {values[bad[0]].tolist()}: leave failed samples out and count them')
     return values
 
-def _interval(value:float, draws:np.ndarray, n:int, g:int, level:float) -> Interval:
-    lo, hi = (float(x) for x in np.quantile(draws, expanded_percentiles(g, level)))
+def too_few(
+    n_clusters:int, # independent groups
+    level:float=.95, # nominal coverage
+) -> str: # empty when there are enough
+    "Why a bootstrap over so few clusters cannot reach its coverage."
+    if n_clusters == 1: return 'one cluster: its spread cannot be known'
+    return f'only {n_clusters} clusters: too few for an interval' if 1 - 2. ** (1 - n_clusters) < level else ''
+
+def _interval(value:float, draws:Callable[[], np.ndarray], n:int, g:int, level:float) -> Interval:
+    if why := too_few(g, level): return Interval(value, None, None, n, g, level, why)
+    lo, hi = (float(x) for x in np.quantile(draws(), expanded_percentiles(g, level)))
     note = '' if hi > lo else 'every resample gives the same value'
     return Interval(value, lo, hi, n, g, level, note)
 
@@ -148,14 +157,13 @@ def clustered_interval(
     n_resamples:int=2000, # bootstrap resamples
     seed:int=0, # of the resampling
     level:float=.95, # nominal coverage
-) -> Interval: # without bounds, and with a note, when there are fewer than two clusters
+) -> Interval: # without bounds, and with a note, when there are too few clusters
     "A statistic with its clustered-bootstrap interval; raises ValueError on a value that is not finite."
     values = _checked(values, clusters)
     if not len(values): return Interval(None, None, None, 0, 0, level, 'no samples')
     sums, counts = _cluster_sums(values, clusters)
     value = float(reduce(sums.sum(0), counts.sum()))
-    if len(counts) < 2: return Interval(value, None, None, len(values), 1, level, 'one cluster: its spread cannot be known')
-    return _interval(value, resampled(sums, counts, reduce, n_resamples, seed), len(values), len(counts), level)
+    return _interval(value, lambda: resampled(sums, counts, reduce, n_resamples, seed), len(values), len(counts), level)
 
 # %% ../../nbs/metrics/statistics.ipynb #ae481208
 def clustered_interval_of(
@@ -164,16 +172,15 @@ def clustered_interval_of(
     n_resamples:int=2000, # bootstrap resamples
     seed:int=0, # of the resampling
     level:float=.95, # nominal coverage
-) -> Interval: # without bounds when there are fewer than two clusters
+) -> Interval: # without bounds, and with a note, when there are too few clusters
     "A statistic of any form with its clustered-bootstrap interval; for functions of sums, `clustered_interval` is faster."
     if not len(clusters): return Interval(None, None, None, 0, 0, level, 'no samples')
     names, code = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
     members, g, n = [np.flatnonzero(code == c) for c in range(len(names))], len(names), len(code)
     value = float(statistic(np.arange(n)))
-    if g < 2: return Interval(value, None, None, n, 1, level, 'one cluster: its spread cannot be known')
     rng = np.random.default_rng(seed)
-    draws = [statistic(np.concatenate([members[c] for c in rng.integers(0, g, g)])) for _ in range(n_resamples)]
-    return _interval(value, np.array(draws, float), n, g, level)
+    def draw() -> float: return statistic(np.concatenate([members[c] for c in rng.integers(0, g, g)]))
+    return _interval(value, lambda: np.array([draw() for _ in range(n_resamples)], float), n, g, level)
 
 # %% ../../nbs/metrics/statistics.ipynb #b727b096
 @dataclass(frozen=True)
@@ -225,7 +232,8 @@ def paired_test(
     if i.n_clusters < 2: return Paired(i.value, None, None, None, i.n, i.n_clusters, level, i.note)
     if not d.any(): return Paired(0., 0., 0., 1., i.n, i.n_clusters, level, 'all pairs are equal')
     p, exact = sign_flip_p(_cluster_sums(d[:, None], clusters)[0][:, 0], 5 * n_resamples, seed)
-    return Paired(i.value, i.lo, i.hi, p, i.n, i.n_clusters, level, f'sign flips over clusters, {"exact" if exact else "drawn"}')
+    note = f'sign flips over clusters, {"exact" if exact else "drawn"}' + (f'; {i.note}' if i.lo is None else '')
+    return Paired(i.value, i.lo, i.hi, p, i.n, i.n_clusters, level, note)
 
 # %% ../../nbs/metrics/statistics.ipynb #b3f48cbc
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 # %% ../../nbs/metrics/text.ipynb #f63cfaa3
 LEXICAL = 'lexical@1'
 
+@lru_cache(maxsize=65_536)
 def normalise(
     text:str, # any text
 ) -> str: # lower case, straight quotes gone, words and numbers separated by one blank
@@ -50,12 +52,13 @@ def numbers(
 # %% ../../nbs/metrics/text.ipynb #cad42520
 _empty = frozenset('a an the is are was were be been being there it its this that of to in on at and or with for by as from has have'.split())
 
+@lru_cache(maxsize=65_536)
 def content(
     text:str, # any text
-) -> list[str]: # the words that carry meaning, plurals cut
+) -> tuple[str, ...]: # the words that carry meaning, plurals cut
     "The content words of a text."
     words = [w for w in with_digits(text).split() if w not in _empty]
-    return [w[:-1] if len(w) > 3 and w.endswith('s') and not w.endswith('ss') else w for w in words]
+    return tuple(w[:-1] if len(w) > 3 and w.endswith('s') and not w.endswith('ss') else w for w in words)
 
 def token_f1(
     gold:str, # the reference

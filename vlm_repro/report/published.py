@@ -201,7 +201,7 @@ def compare(
     gap, reach = abs(cell.value - published.value), margin + published.half_width
     says = f'{cell.value:.2f} against {published.value:.{published.decimals}f}'
     if gap <= reach + _slack: return 'reproduced', f'{says}: {gap:.2f} apart, at most {reach:g} allowed'
-    if cell.lo is None: return 'cannot be judged', f'{says}: {gap:.2f} apart, and there is no interval ({cell.n_clusters} cluster)'
+    if cell.lo is None: return 'cannot be judged', f'{says}: {gap:.2f} apart, and no interval (clusters: {cell.n_clusters}, by {cell.cluster})'
     low, high = published.value - published.half_width, published.value + published.half_width
     within = f'[{cell.lo:.2f}, {cell.hi:.2f}]'
     if cell.lo <= high + _slack and cell.hi >= low - _slack: return 'close', f'{says}: more than {reach:g} apart, but within {within}'
@@ -226,7 +226,7 @@ def verdict(
 
 # %% ../../nbs/report/published.ipynb #54ad1756
 class Verdicts(list[Verdict]):
-    "The verdicts on a table."
+    "The verdicts on a table; it shows the cells that were run."
     @property
     def counts(self) -> dict[str, int]:
         "How often each status was given."
