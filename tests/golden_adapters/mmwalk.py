@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_repro.core.jsonl import DataError
-from vlm_repro.mmwalk import annotations, predictions, prompt
+from vlm_repro.metrics import judge
+from vlm_repro.mmwalk import annotations, extract, predictions, prompt, score, upstream
 from vlm_repro.models import tiling
 
 
@@ -50,10 +51,41 @@ def internvl_tiling(given: Any, data: Path) -> dict[str, Any]:
             'image_tokens_at_448': tokens if given['image_size'] == 448 else None}
 
 
+def answer_strip(given: Any, data: Path) -> str:
+    return extract.chat_strip(given)
+
+
+def judge_reply(given: Any, data: Path) -> int:
+    return judge.first_digit(judge.response_text(given['response']) if 'response' in given else given.get('reply'))
+
+
+def judge_request(given: Any, data: Path) -> dict[str, Any]:
+    category, question, gold, prediction, scenario = given['sample']
+    item = judge.JudgeItem('', question, gold, prediction, category)
+    request = score.published_request(item)
+    record = score.scored_record(item, scenario, judge.first_digit(given['reply']))
+    user = request['messages'][1]['content']
+    head = user[:user.rindex('\n') + 1]
+    return {'kwargs': sorted(request), 'model': request['model'], 'temperature': request['temperature'], 'roles': [m['role'] for m in request['messages']],
+            'user_message_head': head, 'user_message_tail_lines': len(user[len(head):].splitlines()), 'record': record, 'record_key_order': list(record)}
+
+
+def summary(given: Any, data: Path) -> dict[str, Any]:
+    replies = {name: [None if r == '!raise' else r for r in lines] for name, lines in given['pred'].items()}
+    made = upstream.replay(given['gt'], replies)
+    *shown, overall = upstream.printed(made.summary)
+    return {'missing': list(made.missing), 'summary': made.summary, 'summary_key_order': list(made.summary), 'printed': shown,
+            'printed_overall': overall[1:], 'n_scored': len(made.scored), 'scored': made.scored, 'pred_file_used': made.used}
+
+
 ADAPTERS: dict[str, Callable[[Any, Path], Any]] = {
     'extract_synthetic': extract_synthetic,
     'extract_real': extract_real,
     'hf_messages': hf_messages,
     'lmdeploy_prompt': lmdeploy_prompt,
     'tiling': internvl_tiling,
+    'answer_strip': answer_strip,
+    'judge_reply': judge_reply,
+    'judge_request': judge_request,
+    'summary': summary,
 }

@@ -147,7 +147,7 @@ def write_published(
 @dataclass(frozen=True)
 class Eligibility:
     "What a run used, as far as it decides whether a cell can be judged."
-    data: str # `paper`, `world` (rendered by us) or `stand-in` (the paper's questions on frames that are not the paper's)
+    data: str # `paper`; anything else is never judged: `world` (rendered by us), `stand-in` (the paper's questions on our frames), ...
     split: str # the split by name
     model: str # model string
     judge: str # judge string; empty where the metric needs none
@@ -219,7 +219,7 @@ def verdict(
     if cell is None: return Verdict(cell, published, 'not run', 'no run of ours fills this cell')
     if cell.value is None: return Verdict(cell, published, 'not run', f'none of {cell.n_failed} samples could be scored')
     if run.data != 'paper':
-        return Verdict(cell, published, 'cannot be judged', f'made on {run.data} images, not on the paper\'s; no such number is ever compared')
+        return Verdict(cell, published, 'cannot be judged', f"the data are not the paper's ({run.data}): such a number is never compared")
     if published is None or published.value is None: return Verdict(cell, published, 'no published value', 'the published table has no value here')
     if why := obstacles(cell, published, run): return Verdict(cell, published, 'cannot be judged', '; '.join(why))
     return Verdict(cell, published, *compare(cell, published, margin))
