@@ -1,4 +1,5 @@
 """README.md and the site say what the notebooks say, and the site's own checker sees what is broken."""
+import ast
 import csv
 import json
 import re
@@ -66,11 +67,31 @@ def test_a_notebook_is_fit_to_publish(path):
     assert len(text.encode()) < MEGABYTE, "a notebook stays under 1 MB with its outputs"
     assert json.loads(text)["metadata"]["kernelspec"]["name"] == "python3", "papermill and nbclient take the kernel from the notebook"
     assert not MACHINE_PATH.findall(text), "a path of the machine it was made on"
+    assert not re.findall(r" at 0x[0-9a-f]{6,}>", text), "an address in memory, another one in every run"
     title = next(source(cell) for cell in cells(path) if cell["cell_type"] == "markdown")
     assert re.match(r"# \S.*\n+> \S", title), "the first markdown cell is a title and a one-line description"
     outputs = [output for cell in cells(path) for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert outputs or path == INDEX, "notebooks are committed with their outputs"
+
+
+def unused_context_managers(code: str) -> list[str]:
+    """The lines that call `expect_fail` without entering it: what they name is never run."""
+    tree = ast.parse(re.sub(r"^[%!].*$", "pass", code, flags=re.MULTILINE))
+    entered = {id(item.context_expr) for node in ast.walk(tree) if isinstance(node, ast.With) for item in node.items}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "expect_fail"]
+    return [ast.unparse(node) for node in calls if id(node) not in entered]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_lesson_that_expects_a_failure_runs_what_should_fail(path):
+    code = [source(cell) for cell in cells(path) if cell["cell_type"] == "code"]
+    assert [line for text in code for line in unused_context_managers(text)] == [], "write: with expect_fail(Error, 'words'): call()"
+
+
+def test_the_check_for_unused_context_managers_sees_them():
+    assert unused_context_managers("expect_fail(lambda: f(), ValueError)") == ["expect_fail(lambda: f(), ValueError)"]
+    assert unused_context_managers("%matplotlib inline\nwith expect_fail(ValueError): f()") == []
 
 
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.is_relative_to(ROOT / "nbs")], ids=lambda path: path.relative_to(ROOT / "nbs").as_posix())
