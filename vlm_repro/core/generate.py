@@ -20,7 +20,8 @@ from .media import MediaError
 from .records import Generation, Request, from_row, to_row
 from .runs import RunFolder
 
-if TYPE_CHECKING: from vlm_repro.models.protocol import Lengths, Model
+if TYPE_CHECKING:
+    from vlm_repro.models.protocol import Lengths, Model
 
 # %% ../../nbs/core/generate.ipynb #649e84c4
 class GenerateError(Exception):

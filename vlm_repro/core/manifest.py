@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import vlm_repro
+
 from .records import digest
 from .runs import RunFolder
 

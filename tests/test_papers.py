@@ -1,0 +1,98 @@
+"""The paper notebooks as users run them: through papermill, in other settings, killed and run again."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT/'papers'/'mmwalk.ipynb'
+FULL = [(shots, views) for shots in (0, 1, 3) for views in ('normal', 'single', 'dog+', 'drone+')]
+
+
+def _command(out: Path, **params) -> list[str]:
+    given = [x for k, v in {'out': str(out), **params}.items() for x in ('-p', k, str(v))]
+    return [sys.executable, '-m', 'papermill', str(NOTEBOOK), str(out/'notebook.ipynb'), '--log-output', '--no-progress-bar', *given]
+
+
+def _run(out: Path, **params) -> dict:
+    out.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(_command(out, **params), capture_output=True, text=True, cwd=out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((out/'manifest.json').read_text())
+
+
+def _predictions(out: Path) -> list[str]:
+    return sorted((out/'predictions.jsonl').read_text(encoding='utf-8').splitlines())
+
+
+@pytest.mark.parametrize('shots, views', [(3, 'normal'), (1, 'dog+')])
+def test_short(tmp_path, shots, views):
+    manifest = _run(tmp_path, shots=shots, views=views, limit=2, categories='E1,H1')
+    assert manifest['n'] == 4 and not manifest['errors'] and manifest['watermark']
+    assert manifest['settings']['views'] == views and manifest['provenance'] == {'ours': 4}
+    table = (tmp_path/'table.csv').read_text(encoding='utf-8')
+    assert 'cannot be judged' in table and 'as_published' in table
+
+
+@pytest.mark.papers
+@pytest.mark.parametrize('shots, views', FULL)
+def test_every_setting(tmp_path, shots, views):
+    manifest = _run(tmp_path, shots=shots, views=views, limit=6)
+    assert manifest['n'] == 54 and not manifest['errors']
+    visual = {json.loads(line)['n_visual'] for line in _predictions(tmp_path)}
+    images = {'normal': 4, 'single': 2, 'dog+': 3, 'drone+': 3}[views]*(shots + 1)
+    assert len(visual) == 1 and visual.pop() % images == 0
+
+
+def _children(pid: int) -> list[int]:
+    listed = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(pid)], capture_output=True, text=True).stdout.split()
+    return [int(p) for p in listed]
+
+
+@pytest.mark.papers
+def test_killed_with_its_kernel_and_run_again(tmp_path):
+    whole, cut = tmp_path/'whole', tmp_path/'cut'
+    params = {'shots': 1, 'limit': 8, 'batch_size': 4}
+    _run(whole, **params)
+    cut.mkdir()
+    victim = subprocess.Popen(_command(cut, **params), cwd=cut, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path = cut/'predictions.jsonl'
+    while victim.poll() is None and not (path.exists() and path.read_bytes().count(b'\n') >= 8): time.sleep(.02)
+    assert victim.poll() is None, 'the run ended before it could be killed'
+    for pid in [*_children(victim.pid), victim.pid]: os.kill(pid, signal.SIGKILL)
+    victim.wait()
+    survived = path.read_bytes()
+    assert 8 <= survived.count(b'\n') < 72 and not (cut/'manifest.json').exists()
+    _run(cut, **params)
+    assert path.read_bytes().startswith(survived[:survived.rfind(b'\n') + 1])
+    assert _predictions(cut) == _predictions(whole)
+
+
+def test_wrong_value_is_named(tmp_path):
+    done = subprocess.run(_command(tmp_path, views='top'), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0 and "views='top' is not possible; valid: normal, single, dog+, drone+" in done.stderr
+
+
+def test_help_names_every_parameter():
+    done = subprocess.run([sys.executable, '-m', 'papermill', '--help-notebook', str(NOTEBOOK)], capture_output=True, text=True)
+    for name in ('model', 'data_root', 'out', 'seed', 'limit', 'batch_size', 'nproc', 'shots', 'views', 'judge'):
+        assert f'{name}: ' in done.stdout, f'{name} is not explained'
+
+
+@pytest.mark.papers
+def test_real_annotations_with_stand_in_frames(tmp_path):
+    data = ROOT.parent/'shared'/'data'/'mmwalk'
+    if not data.exists(): pytest.skip(f'the real annotations are not at {data.relative_to(ROOT.parent)}')
+    root = tmp_path/'data'
+    root.mkdir()
+    for part in ('test_data_chat', 'finetune_related'): os.symlink(data/part, root/part)
+    frames = [sys.executable, '-m', 'vlm_repro.cli', 'data', 'frames', 'mmwalk', '--root', str(root), '--limit', '10', '--shots', '3']
+    subprocess.run(frames, check=True, capture_output=True)
+    manifest = _run(tmp_path/'run', data_root=root, shots=3, limit=10)
+    assert manifest['n'] == 90 and not manifest['errors']
+    assert manifest['data']['release'] == 'v2' and 'stand-in' in manifest['watermark']
