@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from check_site import Bases, check_site, link_problems, notebooks, output_problems, read_page
 from readme import INDEX, NOTE, cell_text, readme_text
 
@@ -56,6 +57,16 @@ def test_every_make_target_that_the_prose_names_exists():
     prose = readme_text() + (ROOT / "CONTRIBUTING.md").read_text()
     named = set(re.findall(r"(?:`|^)make ([a-z-]+)", prose, flags=re.MULTILINE))
     assert named and named <= targets, f"no such target: {named - targets}"
+
+
+def test_the_workflows_and_the_ci_script_run_make_targets_that_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    flows = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))]
+    jobs = [job for flow in flows for job in flow["jobs"].values()]
+    lanes = {lane for job in jobs for lane in job.get("strategy", {}).get("matrix", {}).get("lane", [])}
+    steps = [step["run"] for job in jobs for step in job["steps"] if "run" in step] + [(ROOT / ".ci" / "run").read_text().split("exec ")[-1]]
+    named = {match[1] for step in steps if (match := re.match(r"make ([a-z-]+)", step))} | lanes
+    assert {"test", "docs", "test-papers", "test-servers"} <= named <= targets
 
 
 # ---------------------------------------------------------------- notebooks

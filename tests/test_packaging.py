@@ -99,6 +99,24 @@ def test_every_import_of_the_package_is_a_requirement(settings):
     assert not undeclared
 
 
+# ---------------------------------------------------------------- install
+
+
+@pytest.mark.parametrize("changed", ["settings.ini", "constraints.txt", "setup.py", "pyproject.toml"])
+def test_the_install_stamp_notices_a_change_of_the_requirements(tmp_path, changed):
+    for name in ("Makefile", "settings.ini", "constraints.txt", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    stamp = tmp_path / ".venv" / ".installed"
+    stamp.parent.mkdir()
+    stamp.touch()
+    outer = {key: value for key, value in os.environ.items() if not key.startswith("MAKE") and key != "VENV"}
+    question = {"args": ["make", "--question", "install"], "cwd": tmp_path, "env": outer}
+    assert subprocess.run(**question).returncode == 0
+    later = stamp.stat().st_mtime + 2
+    os.utime(tmp_path / changed, (later, later))
+    assert subprocess.run(**question).returncode == 1
+
+
 # ---------------------------------------------------------------- import
 
 
