@@ -33,7 +33,7 @@ TEST_FOLDER = 'test_data_chat'
 TRAIN_FOLDER = 'finetune_related'
 ARCHIVE = 'mmWalkQA_Annotation_for_Internvl2.zip'
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     "One split of mmWalk: its samples, what exactly was loaded, and what was wrong with it (source: ours)."
     samples: tuple[Sample, ...] # in the order of the categories, then of the files
@@ -42,10 +42,11 @@ class Dataset:
     watermark: str | None = None # set when the images are not the paper's
     problems: tuple[Problem, ...] = field(default=()) # records left out, and oddities that were accepted
     def __len__(self) -> int: return len(self.samples)
+    def __repr__(self) -> str: return f"Dataset(mmWalk {self.identity['split']}, release {self.identity['release']}, {len(self)} samples, {len(self.problems)} problems)"
     def counts(self, key:str) -> dict[str, int]: return dict(Counter(s.meta[key] for s in self.samples)) # samples by a key of `meta`
 
     def _repr_markdown_(self) -> str:
-        head = f"**{self.identity['name']}** {self.identity['split']}, release {self.identity['release']}: {len(self)} samples"
+        head = f"**mmWalk** {self.identity['split']}, release {self.identity['release']}: {len(self)} samples"
         mark = f'\n\n> **{self.watermark}**' if self.watermark else ''
         rows = ''.join(f'| {name} | {", ".join(f"{k} {n}" for k, n in self.counts(name).items())} |\n' for name in ('category', 'scenario') if self.samples)
         bad = f'\n{len(self.problems)} problem(s): ' + ', '.join(f'{k} {n}' for k, n in Counter(p.label for p in self.problems).items()) if self.problems else ''

@@ -71,9 +71,9 @@ def releases_of(
     "The releases that one sample is compatible with."
     split, trajectory = sample.meta['split'], sample.meta['trajectory']
     by_trajectory = _trajectory_releases(trajectory, split)
-    if split != 'test': return by_trajectory
-    by_header = _header_releases(sample.meta['category'], header_of(sample.meta['text']))
-    return by_trajectory & by_header if by_header else by_trajectory - {'v2'} if len(by_trajectory) == 1 else frozenset()
+    by_header = _header_releases(sample.meta['category'] if split == 'test' else 'train', header_of(sample.meta['text']))
+    if by_header: return by_trajectory & by_header
+    return by_trajectory if by_trajectory == {'v1'} else frozenset()
 
 # %% ../../nbs/mmwalk/release.ipynb #51c77457
 def release_of(
