@@ -185,13 +185,15 @@ def notebook(tmp_path: Path, outputs: list[dict], code: str = "table") -> Path:
 HTML = {"output_type": "execute_result", "data": {"text/html": ["<table><tr><td>41.5</td><td>close</td></tr></table>"], "text/plain": ["41.5 close"]}}
 PRINTED = {"output_type": "stream", "name": "stdout", "text": ["made 12 calls\n"]}
 PICTURE = {"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo=", "text/plain": ["<Figure>"]}}
+FRAME = {"output_type": "display_data", "data": {"text/html": ['<iframe srcdoc="a"></iframe>'], "text/plain": ["<Browser>"]}}
 
 
 @pytest.mark.parametrize("output, good", [
     (HTML, "<div><table><tr><td>41.5</td> <td>close</td></tr></table></div>"),
     (PRINTED, "<pre><code>made 12\ncalls</code></pre>"),
     (PICTURE, '<img src="data:image/png;base64,iVBORw0KGgo=">'),
-], ids=["table", "stream", "picture"])
+    (FRAME, '<iframe srcdoc="a"></iframe>'),
+], ids=["table", "stream", "picture", "frame"])
 def test_the_checker_sees_a_page_that_lost_an_output(tmp_path, output, good):
     path = notebook(tmp_path, [output])
     assert output_problems(path, "page.html", read_page(good)) == []

@@ -12,6 +12,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 HIDDEN = {"hide", "export", "exporti", "default_exp"}
 PICTURES = ("image/svg+xml", "image/png", "image/jpeg", "image/gif")
+DRAWN = ("img", "svg", "iframe", "canvas", "video")
 SNIPPET = 60  # characters of an output that have to be found on its page
 
 
@@ -38,7 +39,7 @@ class Reader(HTMLParser):
         self.silent += tag in ("script", "style")
         self.page.anchors |= {value for key in ("id", "name") if (value := given.get(key))}
         self.page.links += [value for key in ("href", "src") if (value := given.get(key)) and tag not in ("base",)]
-        self.page.pictures += tag in ("img", "svg")
+        self.page.pictures += tag in DRAWN
 
     def handle_endtag(self, tag: str) -> None:
         """Leave a script or style."""
@@ -127,19 +128,29 @@ def shown_cells(notebook: dict) -> list[dict]:
     return [cell for cell in code if joined(cell["source"]).strip() and not directives(cell) & (HIDDEN | {"output", "include"})]
 
 
+def drawn_in(output: dict) -> int:
+    """How many pictures and frames a page that shows this output has to have for it."""
+    data = output.get("data", {})
+    if "text/html" in data:
+        return read_page(joined(data["text/html"])).pictures
+    return int(any(kind in data for kind in PICTURES))
+
+
+def text_in(output: dict) -> str:
+    """The start of the text that a page which shows this output has to hold; empty for a picture and for Markdown, whose marks a page drops."""
+    data = output.get("data", {})
+    if "text/html" in data:
+        return plain(joined(data["text/html"]))[:SNIPPET]
+    if any(kind in data for kind in (*PICTURES, "text/markdown")):
+        return ""
+    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", squeeze(joined(output.get("text", data.get("text/plain", "")))))[:SNIPPET]
+
+
 def output_problem(output: dict, page: Page) -> str | None:
     """Why one stored output is missing from its page, or None."""
     if output["output_type"] == "error":
         return f"an error was stored: {output.get('ename')}"
-    data = output.get("data", {})
-    if any(kind in data for kind in PICTURES) and "text/html" not in data:
-        return None if page.pictures else "a picture is missing"
-    if "text/markdown" in data and "text/html" not in data:
-        return None
-    html = joined(data["text/html"]) if "text/html" in data else ""
-    text = plain(html) if html else squeeze(joined(output.get("text", data.get("text/plain", ""))))
-    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
-    return None if text[:SNIPPET] in page.text else f"an output is missing: {text[:SNIPPET]}"
+    return None if text_in(output) in page.text else f"an output is missing: {text_in(output)}"
 
 
 def output_problems(notebook: Path, name: str, page: Page | None) -> list[str]:
@@ -150,8 +161,8 @@ def output_problems(notebook: Path, name: str, page: Page | None) -> list[str]:
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     if cells and not outputs:
         return [f"{name}: {notebook.name} was committed without outputs"]
-    drawn = sum(any(kind in output.get("data", {}) for kind in PICTURES) and "text/html" not in output["data"] for output in outputs)
-    few = [f"{name}: {page.pictures} pictures of {drawn}"] if page.pictures < drawn else []
+    drawn = sum(map(drawn_in, outputs))
+    few = [f"{name}: it has {page.pictures} pictures and frames, its outputs have {drawn}"] if page.pictures < drawn else []
     return few + [f"{name}: {why}" for output in outputs if (why := output_problem(output, page))]
 
 
