@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 from check_site import check_site, notebooks
@@ -44,6 +45,7 @@ class DocsFilter(FilterDefaults):
 def stage() -> None:
     """Process the notebooks of the package and of the papers into a project that can be rendered."""
     shutil.rmtree(STAGED, ignore_errors=True)
+    warnings.simplefilter("ignore")  # a warning raised while an API entry is made would be printed on its page
     for page, notebook in notebooks(ROOT).items():
         target = (STAGED / page).with_suffix(".ipynb")
         target.parent.mkdir(parents=True, exist_ok=True)

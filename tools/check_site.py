@@ -180,8 +180,9 @@ def check_site(site: Path, root: Path = ROOT) -> list[str]:
     paths = {path.relative_to(site).as_posix(): path for path in sorted(site.rglob("*.html"))}
     pages = {name: read_page(path.read_text(encoding="utf-8")) for name, path in paths.items()}
     bases = Bases(site, root, website["site-url"], blob)
+    local = [f"{name}: names a folder of this machine, {root}" for name, path in paths.items() if str(root) in path.read_text(encoding="utf-8")]
     missing = [line for name, path in notebooks(root).items() for line in output_problems(path, name, pages.get(name))]
-    return link_problems(pages, bases) + missing
+    return link_problems(pages, bases) + local + missing
 
 
 if __name__ == "__main__":
