@@ -10,6 +10,7 @@ EXTRAS ?= dev,docs
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= runs/mmwalk-3s
+LAB_ARGS ?=
 PYTEST := $(BIN)/python -m pytest
 
 export PATH := $(BIN):$(PATH)
@@ -69,7 +70,7 @@ docs: $(STAMP) ## build the site into _docs/ and check its links and outputs
 	$(BIN)/python tools/build_docs.py
 
 lab: $(STAMP) ## JupyterLab on the project
-	$(BIN)/jupyter lab
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 nb: $(STAMP) ## execute, export and clean one notebook: make nb NB=nbs/core/records.ipynb
 	@test -n "$(NB)" || { echo "name a notebook: make nb NB=nbs/core/records.ipynb"; exit 2; }
