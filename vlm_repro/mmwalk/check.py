@@ -20,7 +20,7 @@ from ..core.records import Sample
 from .annotations import CATEGORIES
 from .categories import agreement
 from .data import SPLITS, Dataset, load
-from .release import expected_counts, marker_of
+from .release import expected_counts
 
 # %% ../../nbs/mmwalk/check.ipynb #acae688d
 _NAMES = {'per_category': 'samples of {}', 'per_scenario': 'samples of {}', 'difficulty': 'samples of {}', 'scenario_by_category': '{} by category', 'trajectories': '{}'}
@@ -142,6 +142,6 @@ def check(
     image_rows, missing = check_frames(data)
     problems = [p for d in got.values() for p in (d.problems if isinstance(d, Dataset) else [d])]
     releases = {split: d.identity['release'] if isinstance(d, Dataset) else 'absent' for split, d in got.items()}
-    mark, rows = marker_of(root), [row for d in data for row in _split_rows(d)]
+    rows = [row for d in data for row in _split_rows(d)]
     if len(known := set(releases.values()) & {'v1', 'v2'}) > 1: problems.append(Problem('mixed_releases', str(root.name), f'splits of {" and ".join(sorted(known))}'))
-    return CheckReport(tuple(rows + image_rows), tuple(problems + missing), releases, mark[1] if mark else None)
+    return CheckReport(tuple(rows + image_rows), tuple(problems + missing), releases, next((d.watermark for d in data), None))

@@ -147,8 +147,9 @@ def sha256_of(
     with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../../nbs/mmwalk/data.ipynb #4a5c7302
-def _identity(root:Path, files:Sequence[Path], split:str, samples:Sequence[Sample], problems:Sequence[Problem], frames:Path) -> dict[str, Any]:
-    mark, hashes = marker_of(root), {p.relative_to(root).as_posix(): sha256_of(p) for p in files}
+def _identity(root:Path, files:Sequence[Path], split:str, samples:Sequence[Sample], problems:Sequence[Problem], frames:Path,
+              mark:tuple[str, str]|None) -> dict[str, Any]:
+    hashes = {p.relative_to(root).as_posix(): sha256_of(p) for p in files}
     official = all(known_files().get(name, {}).get('sha256') == h for name, h in hashes.items())
     if split == 'test': official = official and len(files) == len(CATEGORIES)
     return {'name': 'mmWalk', 'release': 'world' if mark and mark[0] == 'world' else release_of(samples), 'split': split, 'n': len(samples), 'files': hashes,
@@ -177,7 +178,8 @@ def load(
     if strict: stop_on(problems)
     if not samples: raise DataError(f'no usable record of split {split} below {root}; {problems[0] if problems else "the files are empty"}')
     folder = Path(frames).expanduser().absolute() if frames else root/'QAFrames'
-    identity, mark = _identity(root, files, split, samples, problems, folder), marker_of(root)
+    mark = marker_of(root) or marker_of(folder.parent)
+    identity = _identity(root, files, split, samples, problems, folder, mark)
     if split != 'test': samples = recover(samples)
     samples = tuple(replace(s, meta={**s.meta, 'release': identity['release']}) for s in samples)
     return Dataset(samples, identity, str(folder), mark[1] if mark else None, tuple(problems))

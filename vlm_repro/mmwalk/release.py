@@ -22,6 +22,8 @@ from ..core.records import Sample
 from .annotations import MARKER, UNKNOWN
 
 # %% ../../nbs/mmwalk/release.ipynb #440b8a9a
+_DIFFERENT = ('v1 splits by question and v2 by trajectory, with other wording, so their questions do not match, and most test questions of v1 are '
+              'training data of v2')
 MARKERS = {'world.json': ('world', 'procedurally rendered world: not the data of the paper'),
            'stand_in.json': ('stand-in', 'stand-in frames: the questions are real, the images are not those of the paper')}
 
@@ -70,10 +72,10 @@ def releases_of(
 ) -> frozenset[str]: # a subset of {`v1`, `v2`}; empty when the record fits neither
     "The releases that one sample is compatible with."
     split, trajectory = sample.meta['split'], sample.meta['trajectory']
-    by_trajectory = _trajectory_releases(trajectory, split)
-    by_header = _header_releases(sample.meta['category'] if split == 'test' else 'train', header_of(sample.meta['text']))
-    if by_header: return by_trajectory & by_header
-    return by_trajectory if by_trajectory == {'v1'} else frozenset()
+    by_trajectory, wording = _trajectory_releases(trajectory, split), sample.meta['category'] if split == 'test' else 'train'
+    by_header = _header_releases(wording, header_of(sample.meta['text']))
+    unseen = not any(category == wording and 'v1' in releases for (category, _), releases in _wordings().items())
+    return by_trajectory & (by_header or (frozenset({'v1'}) if unseen and by_trajectory == {'v1'} else frozenset()))
 
 # %% ../../nbs/mmwalk/release.ipynb #51c77457
 def release_of(
@@ -98,8 +100,8 @@ def same_release(
 ) -> None:
     "Raise DataError, with the reason, when two releases differ."
     if a == b: return
-    raise DataError(f'{what_a} of release {a} do not go with {what_b} of release {b}: v1 splits by question and v2 by trajectory, with other wording: their questions do '
-                    'not match, and most of v1\'s test questions are v2 training data. Use files of one release')
+    why = _DIFFERENT if {a, b} == {'v1', 'v2'} else 'they are different sets of questions'
+    raise DataError(f'{what_a} of release {a} do not go with {what_b} of release {b}: {why}. Use files of one release')
 
 # %% ../../nbs/mmwalk/release.ipynb #44512fe7
 def marker_of(
