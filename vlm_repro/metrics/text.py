@@ -152,23 +152,28 @@ def levels_of(
     text:str, # any text
     order:Sequence[Sequence[str]], # words of each level, lowest first
     subject:str, # the stem of what is rated
-) -> frozenset[int]: # the levels named within three words of the subject; else the first level named anywhere
-    "Which levels a text gives its subject."
+) -> frozenset[int]: # two for *low to moderate*; empty when no level is named
+    "The level named closest to the subject (the first one where the subject is not named), and what *to*, *or* or *and* joins to it."
     words = normalise(text).split()
-    at = [i for i, w in enumerate(words) if w.startswith(subject)]
-    named = [(i, n) for i, w in enumerate(words) for n, names in enumerate(order) if w in names]
-    near = {n for i, n in named if any(abs(i - j) <= 3 for j in at)}
-    return frozenset(near or {n for _, n in named[:1]})
+    at = [i for i, w in enumerate(words) if w.startswith(subject)] or [0]
+    named = {i: n for i, w in enumerate(words) for n, names in enumerate(order) if w in names}
+    if not named: return frozenset()
+    nearest = min(named, key=lambda i: (min(abs(i - j) for j in at), i))
+    joined = {named[i] for i in (nearest - 2, nearest + 2) if i in named and words[(i + nearest) // 2] in ('to', 'or', 'and')}
+    return frozenset({named[nearest]} | joined)
 
+# %% ../../nbs/metrics/text.ipynb #709e7851
 def levels(
     order:Sequence[Sequence[str]], # words of each level, lowest first
     subject:str, # the stem of what is rated
 ) -> Rubric: # None when the gold names no level
     "A rubric over an ordered scale: 5 or 4 for the same level, 3 for a shared one, 2 for the next, else 1."
+    known = {w for names in order for w in names}
+    def reason(text:str) -> str: return ' '.join(w for w in content(text) if w not in known and not w.startswith(subject))
     def rubric(gold:str, prediction:str) -> Grade | None:
         a, b = (levels_of(t, order, subject) for t in (gold, prediction))
         if not a: return None
-        if a == b: return Grade(5 if token_f1(gold, prediction) >= .5 else 4, 'same level')
+        if a == b: return Grade(5 if reason(gold) == '' or token_f1(reason(gold), reason(prediction)) >= .4 else 4, 'same level')
         gap = min((abs(i - j) for i in a for j in b), default=len(order))
         return Grade({0: 3, 1: 2}.get(gap, 1), f'{gap} level(s) apart' if b else 'no level')
     return rubric

@@ -24,6 +24,7 @@ from ..core.runs import RunFolder
 from ..metrics.judge import Judge, JudgeItem, JudgePrompt, ModelJudge, RuleJudge, collect, estimate, failed_scores, read_prompt, scores_of
 from ..metrics.statistics import Interval, by_group, clustered_interval, macro_mean, mean
 from ..metrics.text import LEXICAL, Grade, count, grade, labels, levels, overlap, position, yes_no
+from ..models.protocol import parse_spec
 from ..report.published import Cell, Cells
 from .annotations import CATEGORIES, SCENARIOS
 
@@ -81,8 +82,9 @@ def load_judge(
     prompt_file:str | Path | None=None, # the paper's own judge texts, where the reader has them
     **options:Any, # of the model's backend: concurrency, timeout, ...
 ) -> Judge: # a model is loaded only when a call has to be made
-    "The judge that a string names; raises ValueError for an unreadable prompt file."
+    "The judge that a string names; a server is sent no seed, as the paper's is not. Raises ValueError for an unreadable prompt file or model string."
     if spec == 'lexical': return RuleJudge(LEXICAL, lexical_rule)
+    if parse_spec(spec).kind == 'openai': options = {'seed': None, **options}
     return ModelJudge(spec, read_prompt(prompt_file) if prompt_file else PROMPT, options=options)
 
 # %% ../../nbs/mmwalk/score.ipynb #9036a686
@@ -191,23 +193,31 @@ class Baselines(list[Baseline]):
         return head + '\n'.join(rows)
 
 # %% ../../nbs/mmwalk/score.ipynb #eb7b7513
-def _means(category:str, golds:Sequence[str], said:Iterable[str], scorer:Callable[[JudgeItem], Grade]) -> list[tuple[float, str]]:
-    counts = Counter(golds)
-    return [(sum(n * scorer(JudgeItem('', '', gold, answer, category)).score for gold, n in counts.items()) / len(golds), answer) for answer in said]
+def _mean_score(category:str, golds:Counter[str], answer:str, scorer:Callable[[JudgeItem], Grade]) -> float:
+    "What one answer scores when it is given to every question."
+    return sum(n * scorer(JudgeItem('', '', gold, answer, category)).score for gold, n in golds.items()) / golds.total()
 
+def _chance(category:str, golds:Counter[str], tried:Mapping[str, float], scorer:Callable[[JudgeItem], Grade], pairs:int, seed:int) -> float:
+    "Exact where every gold was tried, else from random pairs."
+    if len(tried) == len(golds): return sum(golds[g] * mean for g, mean in tried.items()) / golds.total()
+    every = list(golds.elements())
+    dealt = np.random.default_rng(seed).integers(0, len(every), (pairs, 2))
+    return float(np.mean([scorer(JudgeItem('', '', every[i], every[j], category)).score for i, j in dealt]))
+
+# %% ../../nbs/mmwalk/score.ipynb #86944c8b
 def constant_baseline(
     samples:Sequence[Sample], # their golds are the answers tried
     scorer:Callable[[JudgeItem], Grade]=lexical_rule, # the rule to score with
     top:int=25, # how many of the most frequent golds to try in each category
-    pairs:int=2000, # random pairs behind `chance`
+    pairs:int=2000, # random pairs behind `chance`, where there are more golds than that
     seed:int=0, # of the pairs
 ) -> Baselines: # one a category that has samples
     "The best constant answer and chance, by category (source: ours)."
-    out, rng = Baselines(), np.random.default_rng(seed)
+    out = Baselines()
     for category in CATEGORIES:
-        golds = [s.gold for s in samples if s.meta['category'] == category]
+        golds = Counter(s.gold for s in samples if s.meta['category'] == category)
         if not golds: continue
-        best, answer = max(_means(category, golds, [g for g, _ in Counter(golds).most_common(top)], scorer), key=lambda x: x[0])
-        dealt = [scorer(JudgeItem('', '', golds[i], golds[j], category)).score for i, j in rng.integers(0, len(golds), (pairs, 2))]
-        out.append(Baseline(category, answer, best, float(np.mean(dealt)), len(golds)))
+        tried = {g: _mean_score(category, golds, g, scorer) for g, _ in golds.most_common(top)}
+        best = max(tried, key=tried.__getitem__)
+        out.append(Baseline(category, best, tried[best], _chance(category, golds, tried, scorer, pairs, seed), golds.total()))
     return out
