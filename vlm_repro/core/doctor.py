@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 
 from .assets import asset
+from .text import columns
 
 # %% ../../nbs/core/doctor.ipynb #1c9c34a3
 STATUSES = ('ok', 'info', 'absent', 'warning', 'problem')
@@ -50,9 +51,7 @@ class Checks(list[Check]):
         return Checks([Check(f'{len(fine)} in order', 'ok', '', ', '.join(f'{c.name} {c.found}'.strip() for c in fine)), *(c for c in self if c.status != 'ok')])
 
     def __str__(self) -> str:
-        widths = [max(len(getattr(c, k)) for c in self) for k in ('status', 'name', 'found')] if self else [0, 0, 0]
-        rows = [[c.status.ljust(widths[0]), c.name.ljust(widths[1]), c.found.ljust(min(widths[2], 40)), c.advice] for c in self]
-        return '\n'.join('  '.join(r).rstrip() for r in rows)
+        return columns([[c.status, c.name, c.found, c.advice] for c in self], widest=40)
 
     def _repr_markdown_(self) -> str:
         rows = [f'| {c.status} | {c.name} | {c.found} | {c.advice} |'.replace('<', '&lt;') for c in self]

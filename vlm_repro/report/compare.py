@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.runs import RunFolder
+from ..core.text import columns
 from ..metrics.statistics import Paired, paired_test
 from .rundata import Row, RunData, error_label, load_run, scalar
 
@@ -272,8 +273,7 @@ def plain(
     out = [f'A  {c.a}', f'B  {c.b}', '', _verdict(c)]
     for title, head, rows in _blocks(c):
         if not rows: continue
-        widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-        out += ['', title, *('  ' + '  '.join(v.ljust(w) for v, w in zip(r, widths)).rstrip() for r in [head, *rows])]
+        out += ['', title, columns(rows, head, indent='  ')]
     return '\n'.join(out)
 
 # %% ../../nbs/report/compare.ipynb #e59a8aae

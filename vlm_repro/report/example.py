@@ -153,6 +153,7 @@ def _write(run:RunFolder, samples:list[Sample], requests:list[Request], generati
     of = {s.id: s.meta['category'] for s in samples}
     cells = [_cell(c, v, [s for s in scores if of[s.id] == c]) for c in _ASKED for v in ('corrected', 'as_published')]
     run.write_text('table.csv', _csv(cells))
+    run.write_text('data.json', '{"identity": {"name": "example"}, "watermark": null, "problems": []}\n')
     run.append('timings', [{'n': len(samples), 'seconds': 1., 'n_prompt': 86*len(samples), 'n_visual': 48*len(samples), 'n_new': sum(g.n_new for g in generations)}])
     run.finish(build_manifest(run, {'name': 'example', 'n': len(samples)}, {'class': 'none', 'processor': 'none'}, 'drawn data, written answers: says nothing of any model'))
     run.close()

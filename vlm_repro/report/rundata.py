@@ -27,6 +27,7 @@ class RunData:
     settings: Mapping[str, Any] # every parameter that can change a result
     runtime: Mapping[str, Any] # how the run was carried out: batch size, processes
     manifest: Mapping[str, Any] # empty while the run is not complete
+    data: Mapping[str, Any] # which data it is about: identity, watermark, problems
     samples: Mapping[str, Row] # `Sample` rows, each with its `request`
     predictions: Mapping[str, Row] # `Generation` rows
     timings: tuple[Row, ...] # one row a batch
@@ -48,7 +49,7 @@ class RunData:
     @property
     def watermark(self) -> str:
         "Why these numbers must not be read as the paper's; empty if nothing speaks against it."
-        return str(self.manifest.get('watermark') or self.settings.get('watermark') or '')
+        return str(self.manifest.get('watermark') or self.data.get('watermark') or '')
 
 # %% ../../nbs/report/rundata.ipynb #6a666540
 def _stage(run:RunFolder, stage:str) -> list[Row]:
@@ -68,10 +69,10 @@ def _table(path:Path) -> tuple[Row, ...]:
     with open(path, encoding='utf-8', newline='') as f: return tuple(csv.DictReader(f))
 
 # %% ../../nbs/report/rundata.ipynb #2137777a
-def _settings(run:RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
-    try: doc = json.loads(run.path('settings.json').read_text(encoding='utf-8'))
-    except ValueError as e: raise RunError(f'{run.path("settings.json")}: not JSON ({e}); restore the file or run again in another folder') from e
-    return doc.get('settings', {}), doc.get('runtime', {})
+def _document(run:RunFolder, name:str) -> dict[str, Any]:
+    if not (path := run.path(name)).exists(): return {}
+    try: return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e: raise RunError(f'{path}: not JSON ({e}); restore the file or run again in another folder') from e
 
 def load_run(
     run:'str|Path|RunFolder|RunData', # a run's folder, or one already read
@@ -79,10 +80,10 @@ def load_run(
     "Reads a run, complete or not; raises RunError if the folder holds none or a line is broken."
     if isinstance(run, RunData): return run
     folder = run if isinstance(run, RunFolder) else read_run(run)
-    settings, runtime = _settings(folder)
+    asked = _document(folder, 'settings.json')
     ids = {stage: _by_id(_stage(folder, stage)) for stage in ('samples', 'predictions', 'answers')}
     return RunData(
-        folder.root, settings, runtime, folder.manifest if folder.complete else {}, **ids,
+        folder.root, asked.get('settings', {}), asked.get('runtime', {}), _document(folder, 'manifest.json'), _document(folder, 'data.json'), **ids,
         timings=tuple(_stage(folder, 'timings')), judge=tuple(_stage(folder, 'judge')),
         scores=_gather(_stage(folder, 'scores')), table=_table(folder.path('table.csv')))
 
@@ -113,13 +114,13 @@ def groups(
 # %% ../../nbs/report/rundata.ipynb #cdafad5d
 def choose_cells(
     run:RunData, # a scored run
-    **wanted:str|None, # column of `table.csv` to the value it must have; None for the table's first, `all` for any
+    **wanted:str|None, # column of `table.csv` to the value it must have; None for the one judged, `all` for any
 ) -> list[Row]: # in the order of the table
     "The cells with the wanted values; raises ValueError, listing what there is, if there are none."
     if not run.table: raise ValueError(f'{run.name}: table.csv is missing; score the run first')
-    cells = list(run.table)
+    cells, judged = list(run.table), [c for c in run.table if c.get('status')]
     for key, value in wanted.items():
-        known = list(dict.fromkeys(c.get(key, '') for c in cells))
+        known = list(dict.fromkeys(c.get(key, '') for c in [*judged, *cells]))
         if value not in (None, 'all', *known): raise ValueError(f'{run.name}: no {key} {value!r} in the table; it has {", ".join(known)}')
         if value != 'all': cells = [c for c in cells if c.get(key, '') == (known[0] if value is None else value)]
     return cells

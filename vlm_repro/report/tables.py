@@ -20,6 +20,7 @@ from typing import Any
 from ..core.media import MediaError, resolve
 from ..core.records import Generation, Request, Sample, Score
 from ..core.runs import RunFolder
+from ..core.text import columns
 from .rundata import Row, RunData, choose_cells, load_run
 from .viewer import browse, in_frame, judge_replies, thumbnail
 
@@ -152,8 +153,7 @@ def _html_table(title:str, head:list[str], rows:list[list[str]]) -> str:
     return f'<div style="overflow-x:auto"><table style="border-collapse:collapse"><caption style="text-align:left;font-weight:600;padding:6px 0">{html.escape(title)}</caption><tr>{"".join(cell("th", v, i) for i, v in enumerate(head))}</tr>{lines}</table></div>'
 
 def _text_table(title:str, head:list[str], rows:list[list[str]]) -> str:
-    widths = [max(len(str(r[i])) for r in [head, *rows]) for i in range(len(head))]
-    return '\n'.join([title, *('  ' + '  '.join(str(v).ljust(w) if not i else str(v).rjust(w) for i, (v, w) in enumerate(zip(r, widths))).rstrip() for r in [head, *rows])])
+    return f'{title}\n{columns(rows, head, range(1, len(head)), "  ")}'
 
 # %% ../../nbs/report/tables.ipynb #880d1125
 def score_table(
