@@ -17,9 +17,10 @@ from typing import Any
 from ..core.jsonl import DataError, Problem
 from ..core.media import MediaError, image_size
 from ..core.records import Sample
+from ..core.tasks import Dataset
 from .annotations import CATEGORIES
 from .categories import agreement
-from .data import SPLITS, Dataset, load
+from .data import SPLITS, load
 from .release import expected_counts
 
 # %% ../../nbs/mmwalk/check.ipynb #acae688d
@@ -123,7 +124,7 @@ def _split_rows(data:Dataset) -> list[CheckRow]:
     if split == 'test': return rows
     agreed = agreement(data.samples)
     known = sum(s.meta['category'] in CATEGORIES for s in data.samples)
-    rows.append(CheckRow(split, 'category recovered', f'{known} of {len(data)}'))
+    rows.append(CheckRow(split, 'category recovered', f'{known} of {len(data.samples)}'))
     return rows + ([CheckRow(split, 'words agree with order', ', '.join(f'{c} {share:.1%}' for c, share in agreed.items()))] if agreed else [])
 
 # %% ../../nbs/mmwalk/check.ipynb #13e607c9

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ..core.jsonl import DataError
 from ..core.records import Sample
-from .data import Dataset, chance, parse_categories
+from ..core.tasks import Dataset
+from .data import chance, parse_categories
 from .release import same_release
 
 # %% ../../nbs/mmwalk/shots.ipynb #f39f4a5f
