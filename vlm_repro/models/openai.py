@@ -21,6 +21,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from pathlib import PurePath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -218,6 +219,15 @@ class OpenAIModel:
         parts = [p for m in request.messages for p in ([{'type': 'text', 'text': m['content']}] if isinstance(m['content'], str) else m['content'])]
         sizes = [image_size(p['image']) for p in parts if p['type'] == 'image']
         return Lengths(-(-sum(len(p['text']) for p in parts if p['type'] == 'text')//4), sum(-(-w//28)*-(-h//28) for w, h in sizes))
+
+    def show(
+        self,
+        request:Request, # one request
+    ) -> str: # images by the last parts of their paths
+        "The messages that are sent; the server puts them into a template of its own."
+        short = [{'role': m['role'], 'content': m['content'] if isinstance(m['content'], str) else [
+            p['text'] if p['type'] == 'text' else f'<image {"/".join(PurePath(p["image"]).parts[-4:])}>' for p in m['content']]} for m in request.messages]
+        return json.dumps(short, indent=1, ensure_ascii=False)
 
     def generate(
         self,

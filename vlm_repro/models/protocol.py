@@ -47,6 +47,13 @@ class Model(Protocol):
         "The prompt's length, cheaply, so that requests of like length share a batch."
         ...
 
+    def show(
+        self,
+        request:Request, # one request
+    ) -> str: # for a reader; images as placeholders
+        "The prompt as far as it is known on this side: the rendered template, or the messages a server is sent."
+        ...
+
     def generate(
         self,
         requests:Sequence[Request], # one batch
