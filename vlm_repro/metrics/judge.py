@@ -290,6 +290,8 @@ class Flip:
 
 class Flips(list[Flip]):
     "The samples that flip, as a table."
+    def __repr__(self) -> str: return self._repr_markdown_()
+
     def _repr_markdown_(self) -> str:
         if not self: return 'No sample is scored differently by the two variants.'
         why = Counter(f.label.split(':')[0] for f in self)

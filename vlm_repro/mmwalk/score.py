@@ -187,6 +187,8 @@ class Baseline:
 
 class Baselines(list[Baseline]):
     "Baselines, as a table."
+    def __repr__(self) -> str: return self._repr_markdown_()
+
     def _repr_markdown_(self) -> str:
         rows = [f'| {b.category} | {b.answer[:60].replace("|", " ")} | {b.constant:.2f} | {standardised(b.constant):.1f} | {b.chance:.2f} | {standardised(b.chance):.1f} | {b.n} |' for b in self]
         head = '| category | best constant answer | 1–5 | 0–100 | chance 1–5 | 0–100 | n |\n|---|---|---|---|---|---|---|\n'
