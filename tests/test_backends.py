@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from vlm_repro.core.media import open_image
+from vlm_repro.core.media import MediaError, open_image
 from vlm_repro.core.records import Request
 from vlm_repro.models.families import FAMILIES, byte_tokenizer, chatml, random_checkpoint
 from vlm_repro.models.inputs import collate, encode, image_settings, render
@@ -153,6 +153,20 @@ def test_an_image_the_processor_refuses_fails_alone(models, pictures, tmp_path):
     Image.new('RGB', (3000, 3)).save(tmp_path/'strip.png')
     got = models('qwen2_vl').generate([request('strip', user([str(tmp_path/'strip.png')], 'What?')), request('ok', user(pictures[:1], 'What?'))], 4)
     assert got[0].error.startswith('media: ') and 'aspect ratio' in got[0].error and got[1].error is None
+
+
+def test_the_length_of_a_refused_image_is_a_media_error(models, tmp_path):
+    Image.new('RGB', (3000, 3)).save(tmp_path/'strip.png')
+    with pytest.raises(MediaError, match='aspect ratio'): models('qwen2_vl').measure(request('strip', user([str(tmp_path/'strip.png')], 'What?')))
+
+
+def test_weights_that_are_not_in_the_file_are_not_invented(tmp_path):
+    from safetensors.torch import load_file, save_file
+    folder = random_checkpoint('qwen2_vl', tmp_path)
+    tensors = load_file(folder/'model.safetensors')
+    lost = next(k for k in tensors if 'layers.1' in k and 'q_proj' in k)
+    save_file({k: v for k, v in tensors.items() if k != lost}, folder/'model.safetensors', {'format': 'pt'})
+    with pytest.raises(ModelError, match='drawn at random'): load_model(str(folder))
 
 
 def test_depth_mode_reaches_the_pixels(models, tmp_path):

@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTr
 from transformers.image_utils import SizeDict
 from transformers.utils import is_torchvision_available
 
-from ..core.media import image_size, open_image, pixel_hash
+from ..core.media import MediaError, image_size, open_image, pixel_hash
 from ..core.records import Messages, digest
 from .protocol import Lengths, ModelError
 
@@ -207,11 +207,12 @@ def measure(
     messages:Messages, # the conversation
     counter:VisualCounter, # remembers the sizes it has seen
 ) -> Lengths: # exact
-    "The prompt's length from its text and the headers of its images; raises MediaError for a file that is no image."
+    "The prompt's length from its text and the headers of its images; raises MediaError for an image that cannot be used."
     text = render(preparer, messages)
     n_ids = len(tokenizer_of(preparer)(text, **_special(preparer, text))['input_ids'])
     sizes = tuple(image_size(p['image']) for p in image_parts(messages))
-    n_visual, n_around = counter(sizes)
+    try: n_visual, n_around = counter(sizes)
+    except ValueError as e: raise MediaError(image_parts(messages)[0]['image'], f'refused by the processor, it or an image after it: {e}') from e
     return Lengths(n_ids - len(sizes) + n_around, n_visual)
 
 # %% ../../nbs/models/inputs.ipynb #167b864e

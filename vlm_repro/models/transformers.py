@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 
 from ..core.media import MediaError
 from ..core.records import Generation, Request, failed
-from .inputs import Encoded, Preparer, VisualCounter, collate, encode, image_settings, load_preparer, measure, set_budget, tokenizer_of
+from .inputs import Encoded, Preparer, VisualCounter, collate, encode, image_settings, load_preparer, measure, render, set_budget, tokenizer_of
 from .protocol import Lengths, ModelError, Spec, tiny_checkpoint
 
 # %% ../../nbs/models/transformers.ipynb #7f627647
@@ -124,8 +124,11 @@ def load_net(
     if place == 'spread': kwargs['device_map'] = 'auto'
     kind = hf.AutoModelForImageTextToText if eyes else hf.AutoModelForCausalLM
     try:
-        with _quiet(folder): net = kind.from_pretrained(folder, **kwargs).eval()
-    except (ImportError, ValueError, OSError) as e: raise ModelError(f'{folder} cannot be loaded: {e}') from e
+        with _quiet(folder): net, loaded = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
+    except (ImportError, ValueError, OSError, RuntimeError) as e: raise ModelError(f'{folder} cannot be loaded: {e}') from e
+    lost = sorted(map(str, [*loaded['missing_keys'], *loaded['mismatched_keys']]))
+    if lost: raise ModelError(f'{folder} lacks {len(lost)} weights of a {type(net).__name__} (first: {lost[0]}); they would be drawn at random')
+    net = net.eval()
     return net if place == 'spread' else net.to(place)
 
 # %% ../../nbs/models/transformers.ipynb #ef825ade
@@ -204,6 +207,13 @@ class TransformersModel:
         "The prompt's length, no image decoded; raises MediaError for a file that is no image."
         return measure(self.preparer, request.messages, self.counter or (lambda sizes: (0, 0)))
 
+    def show(
+        self,
+        request:Request, # one request
+    ) -> str: # with one placeholder an image
+        "The prompt in the checkpoint's own chat template."
+        return render(self.preparer, request.messages)
+
     def generate(
         self,
         requests:Sequence[Request], # one batch
@@ -240,7 +250,7 @@ def _finish(self:TransformersModel, request:Request, e:Encoded, ids:list[int]) -
     ends = self.decoding.eos_token_id if isinstance(self.decoding.eos_token_id, list) else [self.decoding.eos_token_id]
     stop = next((i for i, t in enumerate(ids) if t in ends), None)
     kept = ids if stop is None else ids[:stop + 1]
-    text = tokenizer_of(self.preparer).decode(kept, skip_special_tokens=True)
+    text = tokenizer_of(self.preparer).decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Generation(request.id, text, tuple(kept), e.n_prompt, e.n_visual, len(kept), e.pixel_hash, e.prompt_hash,
                       'length' if stop is None else 'stop')
 
