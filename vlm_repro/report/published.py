@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/report/published.html.md"""
 
 # %% auto #0
 __all__ = ['STATUSES', 'Cell', 'Cells', 'Published', 'read_published', 'PublishedTable', 'load_published', 'write_published',
-           'Eligibility', 'short_name', 'obstacles', 'Verdict', 'compare', 'verdict', 'Verdicts', 'verdicts']
+           'Eligibility', 'short_name', 'obstacles', 'Verdict', 'compare_values', 'verdict', 'Verdicts', 'verdicts']
 
 # %% ../../nbs/report/published.ipynb #11ec8ca2
 import csv
@@ -209,7 +209,7 @@ class Verdict:
 
 _slack = 1e-9
 
-def compare(
+def compare_values(
     cell:Cell, # ours, with a value
     published:Published, # the paper's, with a value
     margin:float, # m, in the unit of the cells
@@ -239,7 +239,7 @@ def verdict(
         return Verdict(cell, published, 'cannot be judged', f"the data are not the paper's ({run.data}): such a number is never compared")
     if published is None or published.value is None: return Verdict(cell, published, 'no published value', 'the published table has no value here')
     if why := obstacles(cell, published, run): return Verdict(cell, published, 'cannot be judged', '; '.join(why))
-    return Verdict(cell, published, *compare(cell, published, margin))
+    return Verdict(cell, published, *compare_values(cell, published, margin))
 
 # %% ../../nbs/report/published.ipynb #54ad1756
 class Verdicts(list[Verdict]):
