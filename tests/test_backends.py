@@ -18,6 +18,7 @@ from vlm_repro.models.inputs import collate, encode, image_settings, render
 from vlm_repro.models.protocol import Model, ModelError, load_model, parse_spec
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings('ignore:Found missing adapter keys', 'ignore:`is_gradient_checkpointing`')
 FULL = ('qwen2_vl', 'qwen2_5_vl', 'internvl', 'llava_onevision')
 SIZES = ((400, 225), (90, 160), (300, 300), (640, 200))
 
@@ -326,6 +327,14 @@ def test_model_strings_that_mean_nothing(text):
 def test_a_folder_that_is_not_there():
     with pytest.raises(ModelError, match='no hub id'): load_model('/no/such/folder')
     with pytest.raises(ModelError, match='no hub id'): load_model('no-such-folder')
+
+
+def test_the_packaged_checkpoint_answers(pictures):
+    model = load_model('tiny')
+    assert model.name == 'tiny' and model.describe()['revision'] is None
+    got = model.generate([request('a', user(pictures[:1], 'What is the weather?'))], 8)[0]
+    assert got.error is None and got.n_visual > 0
+    with pytest.raises(ModelError, match='there are: .*mmwalk'): load_model('tiny', tiny='nothing')
 
 
 def test_the_protocol_is_light():

@@ -27,7 +27,7 @@ from .inputs import Encoded, Preparer, VisualCounter, collate, encode, image_set
 from .protocol import Lengths, ModelError, Spec, tiny_checkpoint
 
 # %% ../../nbs/models/transformers.ipynb #7f627647
-_PATTERNS = ['*.json', '*.safetensors', '*.jinja', '*.txt', '*.model']
+_PATTERNS, _TWICE = ['*.json', '*.safetensors', '*.jinja', '*.txt', '*.model'], ['consolidated*', '*/*.safetensors']
 
 def checkpoint_folder(
     name:str, # a path or a hub id
@@ -40,7 +40,7 @@ def checkpoint_folder(
     if path.exists(): raise ModelError(f'{name} is a file; give the folder of the checkpoint')
     if name.startswith(('/', './', '../', '~')) or name.count('/') != 1: raise ModelError(f'no checkpoint folder {name!r}, and it is no hub id (OWNER/NAME)')
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS + ['*.py']*code))
+    try: return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS + ['*.py']*code, ignore_patterns=_TWICE))
     except (OSError, ValueError) as e:
         raise ModelError(f'{name!r} is no local folder and could not be fetched from the hub ({type(e).__name__}: {str(e).splitlines()[0]})') from e
 
@@ -315,7 +315,7 @@ def load_transformers(
     for k in set(changed) & set(vars(net.config)): setattr(net.config, k, changed[k])
     own = net.generation_config
     net.generation_config = greedy(own, tokenizer_of(preparer), repetition_penalty)
-    more = {'revision': revision, 'max_model_len': _context(config, max_model_len), 'decoding': _asked(net.generation_config), 'decoding_ignored': _asked(own)}
+    more = {'revision': None if folder == Path(spec.name).expanduser() or spec.kind == 'tiny' else folder.name, 'max_model_len': _context(config, max_model_len), 'decoding': _asked(net.generation_config), 'decoding_ignored': _asked(own)}
     decoding = net.generation_config
     if adapter:
         place = checkpoint_folder(adapter)
