@@ -14,6 +14,7 @@ from vlm_repro.mmwalk.annotations import (
     chat_sample,
     extract_answer,
     extract_question,
+    extract_scenario,
     frame_paths,
     internvl_record,
     question_of,
@@ -186,7 +187,8 @@ def test_unpacked_train_file_is_read_like_the_archive(root):
 
 def test_train_is_streamed(root):
     stream = iter_train(root)
-    assert next(stream).id == 'train-0'
+    where, sample = next(stream)
+    assert (where, sample.id) == (f'{ARCHIVE}/train.jsonl:1', 'train-0')
     stream.close()
 
 
@@ -238,7 +240,7 @@ def test_a_record_without_images(root):
 def test_duplicates_count_once(root):
     write(root/TEST_FOLDER/'E3.jsonl', [chat('E3'), chat('E3', 'Cross02', 3), chat('E3', answer='another gold')])
     data = load(root)
-    assert labels(data) == {'duplicate': 1} and len(data.samples) == 18
+    assert [(p.label, p.where) for p in data.problems] == [('duplicate', 'E3.jsonl:3')] and 'as E3.jsonl:1' in data.problems[0].detail and len(data.samples) == 18
     assert [s.gold for s in data.samples if s.meta['category'] == 'E3'] == ['3', '3']
 
 
@@ -317,6 +319,13 @@ def test_count_of_the_small_root(root):
 def test_extraction_of_malformed_records_raises_its_own_error(record):
     with pytest.raises(RecordError): extract_question(record)
     with pytest.raises(RecordError): extract_answer(record)
+
+
+def test_what_stands_after_the_match_is_not_read():
+    content = [{'type': 'image', 'image': '../QAFrames/Plaza05/x.png'}, {'type': 'text', 'text': 'Question: q'}, {'type': 'text'}, {'type': 'image', 'image': None}]
+    record = {'conversation': [{'content': content}]}
+    assert (extract_question(record), extract_scenario(record)) == ('q', 'Plaza')
+    with pytest.raises(RecordError): extract_scenario({'conversation': [{'content': content[::-1]}]})
 
 
 def test_the_two_readings_part_where_the_defect_list_says():

@@ -10,9 +10,9 @@ __all__ = ['CATEGORIES', 'DIFFICULTY', 'SCENARIOS', 'UNKNOWN', 'MISSING_QUESTION
            'question_of', 'frame_path', 'media_of', 'scenario_of', 'category_of', 'chat_sample', 'record_of',
            'internvl_record', 'internvl_sample']
 
-# %% ../../nbs/mmwalk/annotations.ipynb #699e38f3
+# %% ../../nbs/mmwalk/annotations.ipynb #4d94bb3d
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
@@ -40,11 +40,15 @@ class RecordError(ValueError):
         super().__init__(f'{label}: {detail}')
         self.label, self.detail = label, detail
 
-# %% ../../nbs/mmwalk/annotations.ipynb #2fa6b6c4
+# %% ../../nbs/mmwalk/annotations.ipynb #7cf758cb
 _MALFORMED = (KeyError, IndexError, TypeError, AttributeError)
 
-def _content(record:Mapping[str, Any], kind:str) -> list[str]: # the paths or texts of the first turn
-    try: return [item[kind] for item in record['conversation'][0]['content'] if item['type'] == kind]
+def _content(record:Mapping[str, Any], kind:str) -> Iterator[str]: # the paths or texts of the first turn
+    try:
+        for item in record['conversation'][0]['content']:
+            if item['type'] != kind: continue
+            if not isinstance(item[kind], str): raise TypeError(f'{kind} is {item[kind]!r}')
+            yield item[kind]
     except _MALFORMED as e: raise RecordError('bad_record', f'not a chat record with a user and an assistant turn ({type(e).__name__}: {e})') from e
 
 # %% ../../nbs/mmwalk/annotations.ipynb #7f9c5e85
@@ -138,12 +142,12 @@ def scenario_of(
     letters = _LETTERS.match(trajectory)
     return letters.group() if letters else UNKNOWN_SCENARIO
 
-# %% ../../nbs/mmwalk/annotations.ipynb #b7a9904e
-def _shape(record:Mapping[str, Any]) -> tuple[list[Any], str, str]:
-    images, texts = _content(record, 'image'), _content(record, 'text')
+# %% ../../nbs/mmwalk/annotations.ipynb #3c115eff
+def _shape(record:Mapping[str, Any]) -> tuple[list[str], str, str]:
+    images, texts = list(_content(record, 'image')), list(_content(record, 'text'))
     try: answer = record['conversation'][1]['content'][0]['text']
     except _MALFORMED as e: raise RecordError('bad_record', f'no answer in the second turn ({type(e).__name__}: {e})') from e
-    if not all(isinstance(x, str) for x in [*images, *texts, answer]): raise RecordError('bad_record', 'a path or a text is not a string')
+    if not isinstance(answer, str): raise RecordError('bad_record', f'the answer is {answer!r}, not a string')
     if not texts: raise RecordError('no_question', 'the record has no text item; restore the file from the release')
     return images, texts[0], answer
 
