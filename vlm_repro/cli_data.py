@@ -97,7 +97,7 @@ def _asked(paper:str, root:Path, params:Mapping[str, Any]) -> tuple[list[Any], l
     settings = make_settings(task, {**params, 'data_root': str(root)})
     data = task.load(settings)
     parts = [p for r in task.prompt(data, settings) for m in r.messages for p in m['content'] if p['type'] == 'image']
-    return list(data.samples), list(dict.fromkeys(Path(p['image']).relative_to(data.root).as_posix() for p in parts))
+    return list(data.samples), list(dict.fromkeys(Path(p['image']).relative_to(data.frames).as_posix() for p in parts))
 
 @data_app.command(short_help='Draw stand-in frames for real annotations.')
 def frames(

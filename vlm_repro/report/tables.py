@@ -15,8 +15,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
 
+from ..core.assets import asset
 from ..core.media import MediaError, resolve
 from ..core.records import Generation, Request, Sample, Score
 from ..core.runs import RunFolder
@@ -39,24 +41,27 @@ class Shown:
     def __repr__(self) -> str: return self.text
 
 # %% ../../nbs/report/tables.ipynb #6e586409
+def _el(tag:str, content:str, style:str='') -> str:
+    return f'<{tag} style="{style}">{content}</{tag}>' if style else f'<{tag}>{content}</{tag}>'
+
 def banner(
     watermark:str, # why the numbers must not be read as the paper's; may be empty
 ) -> str: # HTML
     "The watermark over a table or a page."
     style = 'background:#fff5dd;color:#7a5200;border:1px solid #e5c473;border-radius:6px;padding:6px 10px;margin:6px 0;font-weight:600'
-    return f'<p style="{style}">{html.escape(watermark)}</p>' if watermark else ''
+    return _el('p', html.escape(watermark), style) if watermark else ''
 
 def _picture(path:str|Path, caption:str, mode:str='compat', width:int=240) -> str:
-    try: body = f'<img src="{thumbnail(path, mode)}" alt="{html.escape(caption)}" style="width:100%;display:block;border-radius:4px">'
-    except MediaError as e: body = f'<div style="border:1px dashed #b9c2cd;padding:14px 8px;{_SOFT}">{html.escape(e.why)}</div>'
-    return f'<figure style="margin:0;flex:1 1 150px;max-width:{width}px">{body}<figcaption style="{_SOFT}">{html.escape(caption)}</figcaption></figure>'
+    try: body = f'<img src="{thumbnail(path, mode, width)}" alt="{html.escape(caption)}" style="width:100%;display:block;border-radius:4px">'
+    except MediaError as e: body = _el('div', html.escape(e.why), f'border:1px dashed #b9c2cd;padding:14px 8px;{_SOFT}')
+    return _el('figure', body + _el('figcaption', html.escape(caption), _SOFT), f'margin:0;flex:1 1 150px;max-width:{width}px')
 
 def _gallery(pictures:Iterable[str]) -> str:
-    return f'<div style="display:flex;flex-wrap:wrap;gap:8px;margin:6px 0">{"".join(pictures)}</div>'
+    return _el('div', ''.join(pictures), 'display:flex;flex-wrap:wrap;gap:8px;margin:6px 0')
 
 def _pairs(rows:Iterable[tuple[str, Any]]) -> str:
     kept = [(k, str(v)) for k, v in rows if v not in ('', None)]
-    return ''.join(f'<div style="{_TEXT}"><span style="{_SOFT}">{html.escape(k)}</span> {html.escape(v)}</div>' for k, v in kept)
+    return ''.join(_el('div', f'{_el("span", html.escape(k), _SOFT)} {html.escape(v)}', _TEXT) for k, v in kept)
 
 # %% ../../nbs/report/tables.ipynb #16bd97c8
 def _parts(message:Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -66,8 +71,9 @@ def _parts(message:Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _turn(message:Mapping[str, Any], names:Mapping[str, str], width:int) -> str:
     pictures = [_picture(p['image'], next((n for path, n in names.items() if str(p['image']).endswith(path)), Path(p['image']).name),
                          p.get('depth_mode', 'compat'), width) for p in _parts(message) if p['type'] == 'image']
-    texts = [f'<pre style="{_TEXT};font-size:13px;background:none;padding:0">{html.escape(str(p.get("text", p)))}</pre>' for p in _parts(message) if p['type'] != 'image']
-    return f'<div style="border-left:3px solid #c8d3e0;padding-left:10px;margin:8px 0"><b style="{_SOFT}">{html.escape(message["role"])}</b>{_gallery(pictures) if pictures else ""}{"".join(texts)}</div>'
+    texts = [_el('pre', html.escape(str(p.get('text', p))), f'{_TEXT};font-size:13px;background:none;padding:0') for p in _parts(message) if p['type'] != 'image']
+    role = _el('b', html.escape(message['role']), _SOFT)
+    return _el('div', role + (_gallery(pictures) if pictures else '') + ''.join(texts), 'border-left:3px solid #c8d3e0;padding-left:10px;margin:8px 0')
 
 def prompt_html(
     sample:Sample, # whose media have names
@@ -82,10 +88,14 @@ def prompt_html(
     return f'{fold}{_turn(last, names, 240)}<div style="{_SOFT}">prompt: {html.escape(request.provenance)}</div>'
 
 # %% ../../nbs/report/tables.ipynb #336cde2f
+def _part_text(part:Mapping[str, Any]) -> str:
+    if part['type'] != 'image': return str(part.get('text', part))
+    return f'[image {"/".join(Path(part["image"]).parts[-3:])}]'
+
 def _sample_text(sample:Sample, request:Request|None) -> str:
     lines = [sample.id, *(f'  {k}: {v}' for k, v in sample.meta.items() if k != 'text'), *(f'  image: {m.path}' for m in sample.media)]
     for m in (request.messages if request else []):
-        lines += [f'  {m["role"]}:', *(f'    {line}' for p in _parts(m) for line in (f'[image {"/".join(Path(p["image"]).parts[-3:])}]' if p['type'] == 'image' else str(p.get('text', p))).splitlines())]
+        lines += [f'  {m["role"]}:', *(f'    {line}' for p in _parts(m) for line in _part_text(p).splitlines())]
     return '\n'.join([*lines, f'  question: {sample.question}', f'  gold: {sample.gold}'])
 
 def sample_card(
@@ -148,9 +158,11 @@ def _titled(cells:Iterable[Row]) -> list[tuple[str, list[str], list[list[str]]]]
 
 def _html_table(title:str, head:list[str], rows:list[list[str]]) -> str:
     def cell(tag:str, value:str, i:int) -> str:
-        return f'<{tag} style="text-align:{"right" if i else "left"};padding:2px 10px;white-space:nowrap">{html.escape(value)}</{tag}>'
-    lines = ''.join('<tr>' + ''.join(cell('td', v, i) for i, v in enumerate(r)) + '</tr>' for r in rows)
-    return f'<div style="overflow-x:auto"><table style="border-collapse:collapse"><caption style="text-align:left;font-weight:600;padding:6px 0">{html.escape(title)}</caption><tr>{"".join(cell("th", v, i) for i, v in enumerate(head))}</tr>{lines}</table></div>'
+        return _el(tag, html.escape(value), f'text-align:{"right" if i else "left"};padding:2px 10px;white-space:nowrap')
+    lines = ''.join(_el('tr', ''.join(cell('td', v, i) for i, v in enumerate(r))) for r in rows)
+    caption = _el('caption', html.escape(title), 'text-align:left;font-weight:600;padding:6px 0')
+    names = _el('tr', ''.join(cell('th', v, i) for i, v in enumerate(head)))
+    return _el('div', _el('table', caption + names + lines, 'border-collapse:collapse'), 'overflow-x:auto')
 
 def _text_table(title:str, head:list[str], rows:list[list[str]]) -> str:
     return f'{title}\n{columns(rows, head, range(1, len(head)), "  ")}'
@@ -174,20 +186,17 @@ def _figures(run:RunData) -> str:
     parts = []
     for path in sorted((run.root/'figures').glob('*.png')):
         data = base64.b64encode(path.read_bytes()).decode('ascii')
-        parts.append(f'<figure style="margin:0 0 14px"><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}" style="max-width:100%"><figcaption style="{_SOFT}">{html.escape(path.stem.replace("_", " "))}</figcaption></figure>')
+        name = html.escape(path.stem.replace('_', ' '))
+        parts.append(_el('figure', f'<img alt="{name}" src="data:image/png;base64,{data}">' + _el('figcaption', name, _SOFT), 'margin:0 0 14px'))
     return ''.join(parts)
 
 def _section(title:str, body:str) -> str:
-    return f'<section><h2>{html.escape(title)}</h2>{body}</section>' if body else ''
+    return _el('section', _el('h2', html.escape(title)) + body) if body else ''
 
 def _json_html(value:Any) -> str:
-    return f'<pre style="{_TEXT};font-size:12px">{html.escape(json.dumps(value, indent=2, ensure_ascii=False, default=str))}</pre>'
+    return _el('pre', html.escape(json.dumps(value, indent=2, ensure_ascii=False, default=str)), f'{_TEXT};font-size:12px')
 
 # %% ../../nbs/report/tables.ipynb #ed804496
-_STYLE = '''body{margin:0 auto;max-width:1240px;padding:0 16px 32px;font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;color:#1d232b;background:#fff}
-h1{font-size:20px;overflow-wrap:anywhere}h2{font-size:16px;margin:22px 0 6px;border-bottom:1px solid #d9dee5;padding-bottom:3px}td{border-top:1px solid #e7ebf0}
-@media(max-width:760px){body{padding:0 10px 24px}td,th{font-size:12px}}'''
-
 def report_html(
     run:'str|Path|RunFolder|RunData', # a run, complete or not
     media_kb:int=16_000, # how much of the page may be pictures of samples, in kilobytes
@@ -199,9 +208,9 @@ def report_html(
     samples = in_frame(browse(data).html(media_kb), 900)
     state = '' if data.complete else banner('This run is not complete.')
     body = ''.join([_section('Table', tables + ''.join(f'<p style="{_SOFT}">{html.escape(r)}</p>' for r in reasons)), _section('Figures', _figures(data)),
-                    _section('Samples', samples), _section('Settings', _json_html(data.settings)), _section('Manifest', _json_html(data.manifest) if data.manifest else '')])
-    name = html.escape(data.name)
-    return f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{name}</title><style>{_STYLE}</style></head><body><h1>{name}</h1>{state}{body}</body></html>'
+                    _section('Samples', samples), _section('Settings', _json_html(data.settings)),
+                    _section('Manifest', _json_html(data.manifest) if data.manifest else '')])
+    return Template(asset('viewer/report.html').read_text(encoding='utf-8')).substitute(title=html.escape(data.name), body=state + body)
 
 def save_report(
     run:'str|Path|RunFolder|RunData', # a run, complete or not

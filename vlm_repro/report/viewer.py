@@ -26,7 +26,7 @@ from ..core.runs import RunFolder
 from .rundata import Row, RunData, error_label, groups, load_run, scalar
 
 # %% ../../nbs/report/viewer.ipynb #f27649c6
-INLINE_KB, INLINE_ROWS = 300, 400
+INLINE_KB, INLINE_ROWS = 160, 120
 
 # %% ../../nbs/report/viewer.ipynb #1569ec4e
 def thumbnail(
@@ -112,7 +112,8 @@ class _Page:
 # %% ../../nbs/report/viewer.ipynb #e7d44d66
 def _tokens(g:Row) -> str:
     if not g or not g.get('n_prompt'): return ''
-    return f'{g["n_prompt"]} in the prompt, {g["n_visual"]} of them visual; {g["n_new"]} new' + (f'; attempt {g["attempt"]}' if g.get('attempt', 1) > 1 else '')
+    again = f'; attempt {g["attempt"]}' if g.get('attempt', 1) > 1 else ''
+    return f'{g["n_prompt"]} in the prompt, {g["n_visual"]} of them visual; {g["n_new"]} new{again}'
 
 def _hashes(g:Row) -> str:
     return '  '.join(f'{k} {g[k + "_hash"]}' for k in ('pixel', 'prompt') if g.get(k + '_hash'))
@@ -208,7 +209,8 @@ def _render(title:str, facts:str, watermark:str, notes:list[str], data:Mapping[s
     lines += [f'<p class="note">{html.escape(n)}</p>' for n in notes]
     script_hash = base64.b64encode(hashlib.sha256(js.encode('utf-8')).digest()).decode('ascii')
     return Template(_asset('page.html')).substitute(
-        title=html.escape(title), facts=html.escape(facts), notes='\n'.join(lines), css=_asset('viewer.css'), js=js, data=_json(data), script_hash=script_hash)
+        title=html.escape(title), facts=html.escape(facts), notes='\n'.join(lines), css=_asset('viewer.css'), js=js, data=_json(data),
+        script_hash=script_hash)
 
 # %% ../../nbs/report/viewer.ipynb #75e0447a
 @dataclass(frozen=True)
@@ -265,7 +267,8 @@ def in_frame(
 ) -> str: # HTML for a notebook's output
     "A document inside a frame of its own, which can reach neither the notebook nor the network."
     safe = document.replace('&', '&amp;').replace("'", '&#39;')
-    return f"<iframe sandbox='allow-scripts' srcdoc='{safe}' style='width:100%;height:{height}px;border:1px solid #d9dee5;border-radius:6px;resize:vertical'></iframe>"
+    style = f'width:100%;height:{height}px;border:1px solid #d9dee5;border-radius:6px;resize:vertical'
+    return f"<iframe sandbox='allow-scripts' srcdoc='{safe}' style='{style}'></iframe>"
 
 # %% ../../nbs/report/viewer.ipynb #535bdea7
 def browse(

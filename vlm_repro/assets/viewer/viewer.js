@@ -17,7 +17,10 @@ function figure(ref) {
     const im = el('img');
     im.src = image.uri; im.alt = caption || image.path; im.loading = 'lazy';
     im.title = image.path;
+    im.tabIndex = 0;
+    im.setAttribute('role', 'button');
     im.onclick = () => { f.classList.toggle('wide'); im.classList.toggle('big'); };
+    im.onkeydown = e => { if (e.key === 'Enter') im.onclick(); };
     f.append(im);
   } else f.append(el('div', 'absent', image.why));
   put(f, el('figcaption', '', caption || image.path));

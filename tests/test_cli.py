@@ -1,0 +1,267 @@
+"""The command line as a shell would call it: what it prints, where, and with which exit code."""
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from vlm_repro.cli import main
+from vlm_repro.cli_run import check_names, join_pairs, paper_parameters, parse_pairs, parse_value, run_folder
+from vlm_repro.core import assets
+from vlm_repro.report.example import example_run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return example_run(tmp_path / 'runs' / 'example' / 'first')
+
+
+def call(capsys, *args):
+    code = main([str(a) for a in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def wrong(capsys, *args):
+    code, out, err = call(capsys, *args)
+    assert code == 2 and 'Traceback' not in err and len(err.strip().splitlines()) == 1, err
+    return err
+
+
+# reading the command line
+
+
+def test_pairs_are_joined_for_the_parser():
+    assert join_pairs(['run', 'p', '-p', 'a', '1', '-p', 'b=2', '--parameter', 'c', '-3', '--out', 'x']) == ['run', 'p', '-p', 'a=1', '-p', 'b=2', '--parameter', 'c=-3', '--out', 'x']
+    assert join_pairs(['-p', 'a']) == ['-p', 'a']
+
+
+@pytest.mark.parametrize('text, value', [('3', 3), ('-1', -1), ('0.5', 0.5), ('1e-4', 1e-4), ('True', True), ('None', None), ('dog+', 'dog+'), ('0s', '0s'), ('', ''), ('E1,H1', 'E1,H1'),
+                                         ('["E1"]', ['E1']), ('{"a": 1}', {'a': 1}), ('[odd', '[odd'), ('no', 'no')])
+def test_values_are_typed_as_papermill_types_them(text, value):
+    assert parse_value(text) == value and type(parse_value(text)) is type(value)
+
+
+def test_papermill_agrees_on_plain_values():
+    from papermill.cli import _resolve_type
+    for text in ('3', '-1', '0.5', '1e-4', 'True', 'False', 'None', 'dog+', '0s', 'no', 'E1,H1', '1_000'): assert parse_value(text) == _resolve_type(text), text
+
+
+def test_a_name_without_a_value_is_refused():
+    with pytest.raises(ValueError, match='write -p NAME VALUE'): parse_pairs(['shots'])
+
+
+def test_unknown_names_get_a_suggestion():
+    with pytest.raises(ValueError, match="no parameter 'shot', did you mean 'shots'.* valid: model, shots"): check_names('mmwalk', ['model', 'shots'], ['shot'])
+
+
+# help and start-up
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = ('import sys; from vlm_repro.cli import main; main(["--help"]); heavy = {"torch", "transformers", "pandas", "matplotlib", "numpy", "papermill", "PIL"} & set(sys.modules); '
+            'assert not heavy, heavy')
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_every_command_explains_itself(capsys):
+    code, out, _ = call(capsys, '--help')
+    assert code == 0
+    for name in ('run', 'ask', 'data', 'score', 'compare', 'doctor', 'show', 'table', 'browse', 'papers'):
+        assert f'\n  {name} ' in out
+        code, text, _ = call(capsys, name, '--help')
+        assert code == 0 and len(text) > 100
+    assert '...' not in out.split('Commands:')[1]
+    for name in ('check', 'plan', 'get', 'frames'): assert 'mmwalk' in call(capsys, 'data', name, '--help')[1]
+
+
+def test_version(capsys):
+    import vlm_repro
+    assert call(capsys, '--version')[1].strip() == f'vlm-repro {vlm_repro.__version__}'
+
+
+def test_unknown_command_and_missing_arguments(capsys):
+    assert call(capsys, 'runn')[0] == 2 and call(capsys, 'show', 'x')[0] == 2
+
+
+# looking at a run
+
+
+def test_show(capsys, folder):
+    code, out, err = call(capsys, 'show', folder, 'count-812')
+    assert (code, err) == (0, '') and 'gold: 2' in out and 'judge, corrected: 2' in out
+    row = json.loads(call(capsys, 'show', folder, 'count-812', '--json')[1])
+    assert row['sample']['gold'] == '2' and len(row['scores']) == 2
+
+
+def test_show_wrong_ids(capsys, folder):
+    assert 'close ones: count-81209ffd' in wrong(capsys, 'show', folder, 'count-91209ffd')
+    assert '4 ids begin with' in wrong(capsys, 'show', folder, 'count')
+    assert 'no settings.json' in wrong(capsys, 'show', folder.parent, 'x')
+
+
+def test_traceback_on_request(folder):
+    with pytest.raises(ValueError): main(['--traceback', 'show', str(folder), 'nothing'])
+
+
+def test_table(capsys, folder):
+    code, out, _ = call(capsys, 'table', folder)
+    assert code == 0 and out.startswith('WATERMARK') and 'cannot be judged' in out
+    assert 'no unit' in wrong(capsys, 'table', folder, '--unit', 'inches')
+    (folder / 'table.csv').unlink()
+    assert 'score the run first' in wrong(capsys, 'table', folder)
+
+
+def test_compare(capsys, folder):
+    code, out, _ = call(capsys, 'compare', folder, folder)
+    assert code == 0 and 'equal at every stage' in out
+    assert json.loads(call(capsys, 'compare', folder, folder, '--json')[1])['first'] is None
+    assert 'no settings.json' in wrong(capsys, 'compare', folder, folder.parent)
+
+
+def test_browse(capsys, folder):
+    code, out, _ = call(capsys, 'browse', folder)
+    assert code == 0 and Path(out.strip()).read_text().startswith('<!DOCTYPE html>')
+    assert 'it has colour, count, exist' in wrong(capsys, 'browse', folder, '--category', 'E1')
+
+
+def test_broken_line_is_named_with_its_number(capsys, folder):
+    lines = (folder / 'predictions.jsonl').read_text().splitlines()
+    (folder / 'predictions.jsonl').write_text('\n'.join([lines[0], '{broken', *lines[2:]]) + '\n')
+    assert 'predictions.jsonl, line 2' in wrong(capsys, 'browse', folder)
+
+
+def test_doctor(capsys):
+    code, out, _ = call(capsys, 'doctor')
+    assert code in (0, 1) and 'in order' in out and 'OPENAI_API_KEY' in out
+    code, out, _ = call(capsys, 'doctor', '--server', 'http://127.0.0.1:9/v1', '--all')
+    assert code == 1 and 'no answer' in out and 'numpy' in out
+
+
+# a paper's notebook, executed by papermill
+
+CELLS = [('parameters', "model = 'tiny'  # which model\nlimit: int = 2  # questions a category\nshots = 0\nout = ''  # the run's folder"),
+         ('', 'from vlm_repro.report.example import example_run\nif shots == 7: raise RuntimeError("seven is too many")\nexample_run(out, n_frames=limit)')]
+
+
+@pytest.fixture
+def papers(tmp_path, monkeypatch):
+    cells = [nbformat.v4.new_code_cell(source, metadata={'tags': [tag] if tag else []}) for tag, source in CELLS]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}})
+    (tmp_path / 'papers').mkdir()
+    nbformat.write(notebook, tmp_path / 'papers' / 'mmwalk.ipynb')
+    monkeypatch.setattr(assets, 'papers_root', lambda: tmp_path / 'papers')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_parameters_come_from_the_notebook(papers):
+    found = paper_parameters('mmwalk')
+    assert {k: p.default for k, p in found.items()} == {'model': 'tiny', 'limit': 2, 'shots': 0, 'out': ''}
+    assert found['limit'].help == 'questions a category'
+
+
+def test_run_executes_continues_and_reports(capsys, papers):
+    code, out, err = call(capsys, 'run', 'mmwalk', '-p', 'limit', '3', '-q')
+    assert code == 0, err
+    made = Path(next(line for line in out.splitlines() if line.startswith('run ')).split()[1])
+    assert made.parts[:2] == ('runs', 'mmwalk') and (made / 'notebook.ipynb').exists() and (made / 'report.html').exists()
+    assert 'category: judge of example' in out
+    assert len((made / 'samples.jsonl').read_text().splitlines()) == 9
+
+
+def test_the_folder_is_named_after_the_settings(papers):
+    base = {'model': 'tiny', 'limit': 2, 'shots': 0, 'out': '', 'batch_size': 4}
+    assert run_folder('mmwalk', base) == run_folder('mmwalk', {**base, 'batch_size': 8, 'out': 'x'}) != run_folder('mmwalk', {**base, 'shots': 1})
+
+
+def test_run_refuses_before_anything_is_loaded(capsys, papers):
+    assert "did you mean 'shots'" in wrong(capsys, 'run', 'mmwalk', '-p', 'shot', '3')
+    assert 'limit=-1 is not possible' in wrong(capsys, 'run', 'mmwalk', '-p', 'limit', '-1')
+    assert 'there are: mmwalk' in wrong(capsys, 'run', 'nopaper')
+    assert not (papers / 'runs').exists()
+
+
+def test_a_failing_cell_is_one_clear_error(capsys, papers):
+    code, out, err = call(capsys, 'run', 'mmwalk', '-p', 'shots', '7', '--out', 'here', '-q')
+    assert code == 1 and 'RuntimeError: seven is too many' in err and 'here/notebook.ipynb' in err and 'Traceback' not in err
+
+
+def test_papers_lists_parameters(capsys, papers):
+    assert call(capsys, 'papers')[1].split() == ['mmwalk']
+    assert 'questions a category' in call(capsys, 'papers', 'mmwalk')[1]
+
+
+# data
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    from vlm_repro.mmwalk.world import Size, build_world
+    return build_world(tmp_path_factory.mktemp('data') / 'world', size=Size(test_frames=1, train_frames=2, val_frames=1, train_trajectories=1))
+
+
+def test_data_check(capsys, world, tmp_path):
+    code, out, _ = call(capsys, 'data', 'check', 'mmwalk', '--root', world)
+    assert code == 0 and out.startswith('WATERMARK') and 'passed' in out
+    assert 'no such folder' in wrong(capsys, 'data', 'check', 'mmwalk', '--root', tmp_path / 'nothing')
+    assert 'there are mmwalk' in wrong(capsys, 'data', 'check', 'other', '--root', world)
+    code, out, _ = call(capsys, 'data', 'check', 'mmwalk', '--root', tmp_path)
+    assert code == 1 and 'NOT PASSED' in out
+
+
+def test_data_plan(capsys, tmp_path):
+    code, out, _ = call(capsys, 'data', 'plan', 'mmwalk', '--root', tmp_path)
+    assert code == 0 and 'QAFrames.zip' in out and 'missing' in out
+
+
+def test_data_frames_draws_what_a_run_needs(capsys, world, tmp_path):
+    root = shutil.copytree(world, tmp_path / 'annotations', ignore=shutil.ignore_patterns('QAFrames'))
+    code, out, err = call(capsys, 'data', 'frames', 'mmwalk', '--root', root, '-p', 'limit', '1', '-p', 'shots', '1')
+    assert code == 0, err
+    drawn = list((root / 'QAFrames').rglob('*.png'))
+    assert len(drawn) % 4 == 0 and 4 <= len(drawn) <= 4 * 18 and f'{len(drawn)} stand-in images drawn' in out
+    assert '0 stand-in images drawn' in call(capsys, 'data', 'frames', 'mmwalk', '--root', root, '-p', 'limit', '1', '-p', 'shots', '1')[1]
+    assert 'has no parameter' in wrong(capsys, 'data', 'frames', 'mmwalk', '--root', root, '-p', 'shot', '1')
+
+
+# asking a model
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    torch = pytest.importorskip('torch')
+    torch.set_num_threads(1)
+    from vlm_repro.models.families import random_checkpoint
+    return random_checkpoint('qwen2_vl', tmp_path_factory.mktemp('model') / 'random')
+
+
+def image_of(world):
+    return next((world / 'QAFrames').rglob('walker/rgb/*.png'))
+
+
+def test_ask(capsys, checkpoint, world):
+    code, out, err = call(capsys, 'ask', checkpoint, image_of(world), 'Is there a bench?', '--max-new-tokens', '4', '--json')
+    assert code == 0, err
+    row = json.loads(out)
+    assert row['error'] is None and row['n_new'] <= 4 and row['n_visual'] > 0 and len(row['pixel_hash']) == 16
+
+
+def test_ask_wrong_words(capsys, world, tmp_path):
+    assert 'at least one image' in wrong(capsys, 'ask', 'tiny', 'Is there a bench?')
+    assert 'must be the question' in wrong(capsys, 'ask', 'tiny', image_of(world), image_of(world))
+    assert 'no such file' in wrong(capsys, 'ask', 'tiny', tmp_path / 'no.png', 'What?')
+
+
+def test_installed_as_a_program():
+    if shutil.which('vlm-repro') is None: pytest.skip('the package is not installed here: pip install -e .')
+    done = subprocess.run(['vlm-repro', 'papers'], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0
