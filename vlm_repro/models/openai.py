@@ -169,6 +169,12 @@ class _Traffic:
 # %% ../../nbs/models/openai.ipynb #383f8292
 T = TypeVar('T')
 
+async def _drain(loop:asyncio.AbstractEventLoop) -> None:
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest: task.cancel()
+    await asyncio.gather(*rest, return_exceptions=True)
+    await loop.shutdown_default_executor()
+
 def run_async(
     main:Coroutine[Any, Any, T], # what to run
 ) -> T: # its result
@@ -179,7 +185,7 @@ def run_async(
     future = asyncio.run_coroutine_threadsafe(main, loop)
     try: return future.result()
     finally:
-        future.cancel()
+        asyncio.run_coroutine_threadsafe(_drain(loop), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
