@@ -23,8 +23,10 @@ from .categories import agreement
 from .data import SPLITS, load
 from .release import expected_counts
 
-# %% ../../nbs/mmwalk/check.ipynb #acae688d
-_NAMES = {'per_category': 'samples of {}', 'per_scenario': 'samples of {}', 'difficulty': 'samples of {}', 'scenario_by_category': '{} by category', 'trajectories': '{}'}
+# %% ../../nbs/mmwalk/check.ipynb #c67c4d83
+_NAMES = {'per_category': 'samples of {}', 'per_scenario': 'samples of {}', 'difficulty': 'samples of {}',
+          'scenario_by_category': '{} by category', 'trajectories': '{}'}
+_TOTALS = ('samples', 'frames', 'trajectories')
 
 # %% ../../nbs/mmwalk/check.ipynb #e8ec3166
 @dataclass(frozen=True)
@@ -37,7 +39,11 @@ class CheckRow:
     @property
     def ok(self) -> bool: return self.expected is None or self.found == self.expected
 
-# %% ../../nbs/mmwalk/check.ipynb #1226d285
+# %% ../../nbs/mmwalk/check.ipynb #43f06667
+def _line(r:CheckRow) -> str:
+    expected, state = ('', '') if r.expected is None else (r.expected, 'agrees' if r.ok else '**differs**')
+    return f'| {r.split} | {r.what} | {r.found} | {expected} | {state} |\n'
+
 @dataclass(frozen=True, repr=False)
 class CheckReport:
     "What a data folder holds, compared with the release it belongs to (source: spec section 1)."
@@ -52,26 +58,26 @@ class CheckReport:
 
     def _repr_markdown_(self) -> str:
         wrong, compared = [r for r in self.rows if not r.ok], sum(r.expected is not None for r in self.rows)
-        head = f'**{"passed" if self.ok else "NOT PASSED"}**: {compared - len(wrong)} of {compared} comparisons agree; ' + ', '.join(f'{s} {r}' for s, r in self.releases.items())
+        releases = ', '.join(f'{split} {release}' for split, release in self.releases.items())
+        head = f'**{"passed" if self.ok else "NOT PASSED"}**: {compared - len(wrong)} of {compared} comparisons agree; {releases}'
         mark = f'\n\n> **{self.watermark}**' if self.watermark else ''
-        shown = wrong + [r for r in self.rows if r.ok and (r.expected is None or r.what in ('samples', 'frames', 'trajectories'))]
-        table = '\n\n| split | what | found | expected | |\n|---|---|---|---|---|\n' + ''.join(
-            f'| {r.split} | {r.what} | {r.found} | {"" if r.expected is None else r.expected} | {"" if r.expected is None else "agrees" if r.ok else "**differs**"} |\n' for r in shown)
+        shown = wrong + [r for r in self.rows if r.ok and (r.expected is None or r.what in _TOTALS)]
+        table = '\n\n| split | what | found | expected | |\n|---|---|---|---|---|\n' + ''.join(map(_line, shown))
         odd = ''.join(f'\n- {p}' for p in self.problems[:20]) + (f'\n- … and {len(self.problems) - 20} more' if len(self.problems) > 20 else '')
         return head + mark + table + (f'\n{len(self.problems)} problem(s):\n{odd}' if odd else '')
 
-# %% ../../nbs/mmwalk/check.ipynb #d036eb1d
+# %% ../../nbs/mmwalk/check.ipynb #6ef85545
 def count(
     samples:Sequence[Sample], # one split
 ) -> dict[str, Any]: # the form of `counts.json`
     "Samples and frames of a split, by category, scenario, level and trajectory."
     frames = {(s.meta['trajectory'], s.meta['frame']) for s in samples}
-    per = lambda key: Counter(s.meta[key] for s in samples)
-    by_both = Counter((s.meta['scenario'], s.meta['category']) for s in samples)
-    walked, seen = per('trajectory'), Counter(t for t, _ in frames)
-    return {'samples': len(samples), 'frames': len(frames), 'per_category': dict(per('category')), 'per_scenario': dict(per('scenario')), 'difficulty': dict(per('difficulty')),
-            'scenario_by_category': {s: {c: by_both[s, c] for c in CATEGORIES if by_both[s, c]} for s in per('scenario')},
-            'trajectories': {t: {'samples': n, 'frames': seen[t]} for t, n in walked.items()}}
+    per = {key: Counter(s.meta[key] for s in samples) for key in ('category', 'scenario', 'difficulty', 'trajectory')}
+    both, seen = Counter((s.meta['scenario'], s.meta['category']) for s in samples), Counter(t for t, _ in frames)
+    return {'samples': len(samples), 'frames': len(frames),
+            'per_category': dict(per['category']), 'per_scenario': dict(per['scenario']), 'difficulty': dict(per['difficulty']),
+            'scenario_by_category': {s: {c: both[s, c] for c in CATEGORIES if both[s, c]} for s in per['scenario']},
+            'trajectories': {t: {'samples': n, 'frames': seen[t]} for t, n in per['trajectory'].items()}}
 
 # %% ../../nbs/mmwalk/check.ipynb #4ab3497a
 def compare_counts(
@@ -88,7 +94,7 @@ def compare_counts(
         if key == 'trajectories': rows.append(CheckRow(split, key, len(found[key]), len(expected[key])))
     return rows
 
-# %% ../../nbs/mmwalk/check.ipynb #61737193
+# %% ../../nbs/mmwalk/check.ipynb #2a6123f4
 def _first_of(datasets:Sequence[Dataset]) -> dict[str, str]: # path → folder, over all splits
     return {m.path: d.frames for d in datasets for s in d.samples for m in s.media}
 
@@ -99,7 +105,9 @@ def _header(path:Path) -> str:
         with Image.open(path) as image: return f'{size[0]}x{size[1]} {image.mode}'
     except MediaError as e: return e.why
 
-# %% ../../nbs/mmwalk/check.ipynb #6115020c
+def _headers(paths:Sequence[Path]) -> str: return ', '.join(f'{header} ({n})' for header, n in Counter(map(_header, paths)).items())
+
+# %% ../../nbs/mmwalk/check.ipynb #9c68c2e5
 def check_frames(
     datasets:Sequence[Dataset], # the splits that were loaded
     sample:int=8, # images of each kind whose header is read
@@ -109,25 +117,31 @@ def check_frames(
     if not datasets or not Path(datasets[0].frames).is_dir():
         return [CheckRow('frames', 'folder', 'absent: answers need it, counts do not')], []
     gone = [p for p, folder in paths.items() if not (Path(folder)/p).is_file()]
-    there = [(p, folder) for p, folder in paths.items() if (Path(folder)/p).is_file()]
-    kinds = {kind: [x for x in there if ('depth' in x[0]) == (kind == 'depth')] for kind in ('colour', 'depth')}
-    headers = [CheckRow('frames', f'{kind}: size and mode', ', '.join(f'{k} ({n})' for k, n in Counter(_header(Path(f)/p) for p, f in some[::max(1, len(some)//sample)]).items()))
-               for kind, some in kinds.items() if some]
-    return [CheckRow('frames', 'images', len(there), len(paths)), *headers], [Problem('missing_image', p, 'not below the frames folder; fetch or unpack the frames again') for p in gone]
+    there = [Path(folder)/p for p, folder in paths.items() if (Path(folder)/p).is_file()]
+    kinds = {kind: [p for p in there if (p.parent.name == 'depth') == (kind == 'depth')] for kind in ('colour', 'depth')}
+    headers = [CheckRow('frames', f'{kind}: size and mode', _headers(some[::max(1, len(some)//sample)])) for kind, some in kinds.items() if some]
+    missing = [Problem('missing_image', p, 'not below the frames folder; fetch or unpack the frames again') for p in gone]
+    return [CheckRow('frames', 'images', len(there), len(paths)), *headers], missing
 
-# %% ../../nbs/mmwalk/check.ipynb #e4d3ea9b
+# %% ../../nbs/mmwalk/check.ipynb #2ef05184
+def _weather(data:Dataset) -> CheckRow: # one value a trajectory in both releases (spec section 1.3)
+    known = expected_counts()['weather_answer_by_trajectory']
+    told = [(s.gold.strip(' .').lower(), known.get(s.meta['trajectory'])) for s in data.samples if s.meta['category'] == 'E1']
+    asked = [pair for pair in told if pair[0] in set(known.values())]
+    return CheckRow(data.identity['split'], 'weather is that of the trajectory', f'{sum(a == b for a, b in asked)} of {len(asked)}')
+
 def _split_rows(data:Dataset) -> list[CheckRow]:
     split, release = data.identity['split'], data.identity['release']
     expected = dict(expected_counts().get(release, {}).get(split, {}))
     rows = compare_counts(split, count(data.samples), expected)
-    if expected: rows.append(CheckRow(split, 'files are the released ones', data.identity['official'], True if release == 'v2' else None))
+    if expected: rows += [CheckRow(split, 'files are the released ones', data.identity['official'], True if release == 'v2' else None), _weather(data)]
     if split == 'test': return rows
     agreed = agreement(data.samples)
     known = sum(s.meta['category'] in CATEGORIES for s in data.samples)
     rows.append(CheckRow(split, 'category recovered', f'{known} of {len(data.samples)}'))
     return rows + ([CheckRow(split, 'words agree with order', ', '.join(f'{c} {share:.1%}' for c, share in agreed.items()))] if agreed else [])
 
-# %% ../../nbs/mmwalk/check.ipynb #13e607c9
+# %% ../../nbs/mmwalk/check.ipynb #d2b5eceb
 def _loaded(root:Path, split:str, frames:Path|str|None) -> Dataset | Problem:
     try: return load(root, split, frames)
     except DataError as e: return Problem('absent', split, str(e), split == 'test')
@@ -144,5 +158,6 @@ def check(
     problems = [p for d in got.values() for p in (d.problems if isinstance(d, Dataset) else [d])]
     releases = {split: d.identity['release'] if isinstance(d, Dataset) else 'absent' for split, d in got.items()}
     rows = [row for d in data for row in _split_rows(d)]
-    if len(known := set(releases.values()) & {'v1', 'v2'}) > 1: problems.append(Problem('mixed_releases', str(root.name), f'splits of {" and ".join(sorted(known))}'))
+    known = set(releases.values()) & {'v1', 'v2'}
+    if len(known) > 1: problems.append(Problem('mixed_releases', root.name, 'splits of v1 and v2; use files of one release'))
     return CheckReport(tuple(rows + image_rows), tuple(problems + missing), releases, next((d.watermark for d in data), None))

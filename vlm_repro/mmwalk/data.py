@@ -60,11 +60,11 @@ def _once(lines:Iterator[Line]) -> Iterator[Sample | Problem]:
             else: seen |= dict.fromkeys(keys, where)
         yield item
 
-# %% ../../nbs/mmwalk/data.ipynb #9eeeaaf9
+# %% ../../nbs/mmwalk/data.ipynb #678632ff
 def _test_file(path:Path, category:str) -> Iterator[Line]:
     data = path.read_bytes()
     if not data.strip(): yield path.name, Problem('empty_file', path.name, 'the file has no records; restore it from the release')
-    if b'\r\n' in data: yield path.name, Problem('crlf', path.name, 'lines end in CRLF, so the file is not the released one byte for byte; it was read all the same', False)
+    if b'\r\n' in data: yield path.name, Problem('crlf', path.name, 'lines end in CRLF, so the file is not the released one; it was read all the same', False)
     yield from _sampled(io.BytesIO(data), path.name, partial(chat_sample, expected=category))
 
 # %% ../../nbs/mmwalk/data.ipynb #c98e97a7

@@ -33,11 +33,12 @@ class PlanRow:
     licence: str # terms of use, as far as they are stated
     state: str # `present`, `differs`, `missing`, or empty without a root
 
-# %% ../../nbs/mmwalk/download.ipynb #d89d9f2f
+# %% ../../nbs/mmwalk/download.ipynb #7fa5f8cf
 class Plan(tuple[PlanRow, ...]):
     "What to download for mmWalk, as a table (source: spec section 1.1)."
     def _repr_markdown_(self) -> str:
-        rows = ''.join(f'| `{r.path}` | {r.what} | {r.release} | {"told by the server" if r.bytes is None else f"{r.bytes:,}"} | {r.state} | {r.licence} | {r.url} |\n' for r in self)
+        size = lambda r: 'told by the server' if r.bytes is None else f'{r.bytes:,}'
+        rows = ''.join(f'| `{r.path}` | {r.what} | {r.release} | {size(r)} | {r.state} | {r.licence} | {r.url} |\n' for r in self)
         return '| put it at | what | release | bytes | state | licence | from |\n|---|---|---|---|---|---|---|\n' + rows
 
 # %% ../../nbs/mmwalk/download.ipynb #b3e52f6d
@@ -85,12 +86,13 @@ def get(
     if part == 'frames': unpack_frames(paths[0], root)
     return paths
 
-# %% ../../nbs/mmwalk/download.ipynb #ee1f2128
+# %% ../../nbs/mmwalk/download.ipynb #1507873c
 def _targets(archive:zipfile.ZipFile, folder:Path) -> list[tuple[zipfile.ZipInfo, Path]]:
     infos = [i for i in archive.infolist() if not i.is_dir()]
     for i in infos:
         name = PurePosixPath(i.filename)
-        if name.is_absolute() or '..' in name.parts or '\\' in i.filename: raise DataError(f'{i.filename!r} in the archive leaves the folder; do not use this archive')
+        if name.is_absolute() or '..' in name.parts or '\\' in i.filename:
+            raise DataError(f'{i.filename!r} in the archive leaves the folder; do not use this archive')
     return [(i, folder/i.filename.removeprefix('QAFrames/')) for i in infos]
 
 def unpack_frames(

@@ -20,7 +20,7 @@ from ..core.records import MediaRef, Messages, Request, Sample
 from .annotations import MARKER, RecordError
 from .release import header_of
 
-# %% ../../nbs/mmwalk/prompt.ipynb #b88e610f
+# %% ../../nbs/mmwalk/prompt.ipynb #ec67c321
 VIEWS = {'normal': ('walker', 'drone', 'dog'), 'single': ('walker',), 'dog+': ('walker', 'dog'), 'drone+': ('walker', 'drone')}
 LAYOUTS = ('hf', 'lmdeploy<=0.10', 'lmdeploy>=0.11', 'training')
 
@@ -34,8 +34,10 @@ class PromptSettings:
     layout: str = 'hf' # where the images stand: one of `LAYOUTS`
 
     def __post_init__(self) -> None:
-        for name, valid in (('views', VIEWS), ('layout', LAYOUTS), ('depth_mode', DEPTH_MODES), ('keep_depth', (True, False)), ('rewrite_hint', (True, False))):
-            if getattr(self, name) not in valid: raise ValueError(f'{name}={getattr(self, name)!r} is unknown; valid ones are {", ".join(map(str, valid))}')
+        valid = {'views': VIEWS, 'layout': LAYOUTS, 'depth_mode': DEPTH_MODES, 'keep_depth': (True, False), 'rewrite_hint': (True, False)}
+        for name, known in valid.items():
+            if getattr(self, name) in known: continue
+            raise ValueError(f'{name}={getattr(self, name)!r} is unknown; valid ones are {", ".join(map(str, known))}')
 
 # %% ../../nbs/mmwalk/prompt.ipynb #03b39268
 def select_media(
@@ -135,7 +137,7 @@ def provenance_of(
     if sample.meta['release'] not in ('v1', 'v2') or n_shots or settings.rewrite_hint: return 'ours'
     return 'verbatim' if settings.layout in ('hf', 'training') else 'paraphrase'
 
-# %% ../../nbs/mmwalk/prompt.ipynb #fd65516b
+# %% ../../nbs/mmwalk/prompt.ipynb #96803248
 def render(
     sample:Sample, # the question to ask
     frames:Path|str, # the folder that its media hang off: `Dataset.frames`
@@ -146,7 +148,8 @@ def render(
     if settings.layout == 'training' and (shots or settings.views != 'normal' or not settings.keep_depth):
         raise ValueError('the training layout has a tag for each of the four images and one turn; use views="normal", keep_depth=True and no shots')
     if (settings.layout == 'training') != ('<image>' in sample.meta['text'] and sample.meta['split'] != 'test'):
-        raise ValueError(f'{sample.id} of split {sample.meta["split"]}: the layout "training" goes with the text of train and val, the others with test; see in_test_form')
+        raise ValueError(f'{sample.id} of split {sample.meta["split"]}: the layout "training" goes with the text of train and val, '
+                         'the others with test; see in_test_form')
     messages: Messages = []
     for shot in shots:
         messages += [user_turn(in_test_form(shot, sample.meta['text']), frames, settings), {'role': 'assistant', 'content': [_text(shot.gold)]}]
