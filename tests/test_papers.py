@@ -91,7 +91,7 @@ def test_real_annotations_with_stand_in_frames(tmp_path):
     root = tmp_path/'data'
     root.mkdir()
     for part in ('test_data_chat', 'finetune_related'): os.symlink(data/part, root/part)
-    frames = [sys.executable, '-m', 'vlm_repro.cli', 'data', 'frames', 'mmwalk', '--root', str(root), '--limit', '10', '--shots', '3']
+    frames = [sys.executable, '-m', 'vlm_repro.cli', 'data', 'frames', 'mmwalk', '--root', str(root), '-p', 'shots', '3', '-p', 'limit', '10']
     subprocess.run(frames, check=True, capture_output=True)
     manifest = _run(tmp_path/'run', data_root=root, shots=3, limit=10)
     assert manifest['n'] == 90 and not manifest['errors']
