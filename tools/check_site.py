@@ -60,12 +60,12 @@ def read_page(html: str) -> Page:
 
 
 def squeeze(text: str) -> str:
-    """Text without any white space, since a page may wrap it otherwise."""
-    return re.sub(r"\s+", "", text)
+    """The letters and digits of a text: a page may wrap it otherwise, and drops the marks of Markdown."""
+    return re.sub(r"[\W_]+", "", text)
 
 
 def plain(html: str) -> str:
-    """The text of a piece of HTML, without white space."""
+    """The letters and digits of a piece of HTML."""
     return read_page(html).text
 
 
@@ -137,13 +137,15 @@ def drawn_in(output: dict) -> int:
 
 
 def text_in(output: dict) -> str:
-    """The start of the text that a page which shows this output has to hold; empty for a picture and for Markdown, whose marks a page drops."""
+    """The start of the text that a page which shows this output has to hold, empty for a picture."""
     data = output.get("data", {})
     if "text/html" in data:
         return plain(joined(data["text/html"]))[:SNIPPET]
-    if any(kind in data for kind in (*PICTURES, "text/markdown")):
+    if any(kind in data for kind in PICTURES):
         return ""
-    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", squeeze(joined(output.get("text", data.get("text/plain", "")))))[:SNIPPET]
+    if "text/markdown" in data:
+        return squeeze(re.split(r"[\[<\\$]", joined(data["text/markdown"]))[0])[:SNIPPET]  # up to the first link, tag or formula
+    return squeeze(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", joined(output.get("text", data.get("text/plain", "")))))[:SNIPPET]
 
 
 def output_problem(output: dict, page: Page) -> str | None:
