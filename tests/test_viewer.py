@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+import subprocess
 import time
 
 import pytest
@@ -142,6 +143,16 @@ def test_seven_thousand_samples_make_a_page(tmp_path):
     assert len(page) < 12_000_000
     inline = browse(big.root)._repr_html_()
     assert f'{INLINE_ROWS} of 7008 samples are on this page' in inline and len(inline) < 1_000_000
+
+
+def test_a_browser_draws_it_and_runs_no_model_output(folder, tmp_path):
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if chromium is None: pytest.skip('no Chromium here (Debian: apt-get install chromium), so the page is not drawn')
+    page = browse(folder, page_size=50).save(tmp_path / 'page.html')
+    flags = ['--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+    done = subprocess.run([chromium, *flags, f'--user-data-dir={tmp_path / "profile"}', '--dump-dom', f'file://{page}'], capture_output=True, text=True, timeout=120)
+    assert done.stdout.count('<article') == 12 and '<title>example/first</title>' in done.stdout
+    assert '&lt;script&gt;document.title=2' in done.stdout
 
 
 def test_groups_are_the_keys_worth_filtering_by(folder):

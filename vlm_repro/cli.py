@@ -105,14 +105,15 @@ def _question(words:list[str]) -> tuple[list[str], str]:
     from pathlib import Path
     *images, question = words
     if not images: raise ValueError('give at least one image and then the question, the question in quotes')
-    if Path(question).is_file(): raise ValueError(f'the last word must be the question, and {question} is a file: put the question in quotes after the images')
+    if Path(question).is_file():
+        raise ValueError(f'the last word must be the question, and {question} is a file: put the question in quotes after the images')
     return images, question
 
 @app.command(short_help="Ask a model about some images.")
 def ask(
     model:Annotated[str, typer.Argument(help='`tiny`, a folder, a hub id, openai:NAME or openai:NAME@http://host:port/v1.')],
     words:Annotated[list[str], typer.Argument(metavar='IMAGE... QUESTION', help='Image files, and last the question in quotes.')],
-    option:Annotated[list[str], typer.Option('-o', '--option', metavar='NAME VALUE', help='An option of the model, such as dtype float32; may be repeated.')]=[],
+    option:Annotated[list[str], typer.Option('-o', '--option', metavar='NAME VALUE', help='An option of the model, such as dtype float32.')]=[],
     depth_mode:Annotated[str, typer.Option(help='How a 16-bit depth image becomes 8 bits: compat or clip.')]='compat',
     max_new_tokens:Annotated[int, typer.Option(min=1, help='Longest answer, in tokens.')]=128,
     as_json:Annotated[bool, typer.Option('--json', help='Print the whole record: token counts and hashes too.')]=False,

@@ -48,7 +48,8 @@ class Checks(list[Check]):
     def brief(self) -> 'Checks':
         "The same with everything that is in order in one line."
         fine = [c for c in self if c.status == 'ok']
-        return Checks([Check(f'{len(fine)} in order', 'ok', '', ', '.join(f'{c.name} {c.found}'.strip() for c in fine)), *(c for c in self if c.status != 'ok')])
+        listed = ', '.join(f'{c.name} {c.found}'.strip() for c in fine)
+        return Checks([Check(f'{len(fine)} in order', 'ok', '', listed), *(c for c in self if c.status != 'ok')])
 
     def __str__(self) -> str:
         return columns([[c.status, c.name, c.found, c.advice] for c in self], widest=40)
@@ -156,14 +157,15 @@ def check_disk(
 ) -> Check: # a warning below `MIN_FREE_GB`
     "Free space where runs are written."
     free = shutil.disk_usage(folder).free/1e9
-    return Check('disk', 'ok' if free >= MIN_FREE_GB else 'warning', f'{free:.0f} GB free', '' if free >= MIN_FREE_GB else f'less than {MIN_FREE_GB} GB: a full disk stops a run, which can then be continued')
+    if free >= MIN_FREE_GB: return Check('disk', 'ok', f'{free:.0f} GB free')
+    return Check('disk', 'warning', f'{free:.1f} GB free', f'less than {MIN_FREE_GB} GB: a full disk stops a run, which can then be continued')
 
 # %% ../../nbs/core/doctor.ipynb #d6faa208
 KEYS = {'OPENAI_API_KEY': 'openai: models and judges', 'HF_TOKEN': 'gated models of the hub'}
 
 def check_keys() -> list[Check]: # one a key
     "Whether the keys are set in the environment."
-    return [Check(k, 'ok' if os.environ.get(k) else 'absent', 'set' if os.environ.get(k) else 'not set', '' if os.environ.get(k) else f'needed only for {use}') for k, use in KEYS.items()]
+    return [Check(k, 'ok', 'set') if os.environ.get(k) else Check(k, 'absent', 'not set', f'needed only for {use}') for k, use in KEYS.items()]
 
 def check_server(
     url:str, # of an OpenAI-compatible server, as in `http://host:port/v1`

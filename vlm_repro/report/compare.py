@@ -111,7 +111,7 @@ def _cell_keys(tables:Iterable[tuple[Row, ...]]) -> list[str]:
     tables = [t for t in tables if t]
     def varies(key:str) -> bool: return len({r.get(key) for t in tables for r in t}) > 1
     several = any(len({r.get('row') for r in t}) > 1 for t in tables)
-    return [k for k in ('table', 'row', 'column', 'metric', 'variant', 'cluster') if k == 'column' or (varies(k) and (k != 'row' or several))]
+    return [k for k in ('table', 'row', 'column', 'metric', 'variant', 'unit', 'cluster') if k == 'column' or (varies(k) and (k != 'row' or several))]
 
 def _cells(run:RunData, keys:list[str]) -> dict[str, Row]:
     return {' / '.join(str(r.get(k, '')).replace('_', ' ') for k in keys): r for r in run.table}

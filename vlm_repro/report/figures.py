@@ -45,7 +45,7 @@ def watermark(
 ) -> Figure: # the same figure
     "Writes a watermark across a figure, over everything in it."
     if not text: return figure
-    size = min(34., 4*figure.get_figwidth())
+    size = min(34., 4*figure.get_figwidth(), 9*figure.get_figheight())
     figure.text(.5, .5, 'NOT THE PAPER\'S DATA', rotation=24, ha='center', va='center', fontsize=size, color='#9c2a1d', alpha=.16, weight='bold', zorder=50)
     figure.supxlabel(text, fontsize=8, color='#7a5200')
     return figure
@@ -87,7 +87,8 @@ def bars(
         label = variant.replace('_', ' ') + (f', {row}' if several else '')
         _bar(axes, {c['column']: c for c in cells if (c['row'], c['variant']) == (row, variant)}, columns, k, len(kinds), label)
     _marks(axes, columns, marks or {})
-    axes.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 6 else 0, ha='right' if max(map(len, columns)) > 6 else 'center')
+    long = max(map(len, columns)) > 10
+    axes.set_xticks(range(len(columns)), columns, rotation=30 if long else 0, ha='right' if long else 'center')
     axes.set_ylabel(f'{cells[0]["metric"]} ({cells[0]["unit"]})')
     axes.grid(axis='y', color='#e3e7ec', zorder=0)
     axes.set_ylim(bottom=0)
@@ -108,7 +109,8 @@ def means(
     for i, scores in run.scores.items():
         meta = run.samples[i].get('meta') or {}
         for s in scores:
-            if (s['metric'], s['variant']) == (metric, variant) and (v := scalar(s)) is not None: found.setdefault((str(meta.get(rows)), str(meta.get(columns))), []).append(v)
+            if (s['metric'], s['variant']) != (metric, variant) or (v := scalar(s)) is None: continue
+            found.setdefault((str(meta.get(rows)), str(meta.get(columns))), []).append(v)
     return found
 
 # %% ../../nbs/report/figures.ipynb #1b98afea
@@ -140,7 +142,8 @@ def _annotate(axes:Axes, found:Mapping[tuple[str, str], Sequence[float]], down:S
         for x, c in enumerate(along):
             v = found.get((r, c))
             mean = sum(v)/len(v) if v else None
-            axes.text(x, y, f'{mean:.2f}\nn = {len(v)}' if v else '–', ha='center', va='center', fontsize=8, color='white' if mean is not None and mean < middle else '#1d232b')
+            ink = 'white' if mean is not None and mean < middle else '#1d232b'
+            axes.text(x, y, f'{mean:.2f}\nn = {len(v)}' if v else '–', ha='center', va='center', fontsize=8, color=ink)
 
 # %% ../../nbs/report/figures.ipynb #6e6ba18d
 def save_figures(

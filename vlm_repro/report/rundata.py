@@ -105,11 +105,12 @@ def groups(
     run:RunData, # a run
     most:int=60, # keys with more distinct values are no groups
 ) -> dict[str, list[str]]: # key of `meta` to its values, sorted
-    "The keys of the samples' `meta` that split the run into a handful of parts."
+    "The keys of the samples' `meta` that split the run into a handful of parts; long texts and frame numbers are none."
     seen: dict[str, set[str]] = {}
     for row in run.samples.values():
         for key, value in (row.get('meta') or {}).items(): seen.setdefault(key, set()).add(str(value))
-    return {key: sorted(values) for key, values in seen.items() if 1 < len(values) <= most}
+    def names(values:set[str]) -> bool: return all(len(v) <= 40 and not (len(v) > 3 and v.isdigit()) for v in values)
+    return {key: sorted(values) for key, values in seen.items() if 1 < len(values) <= most and names(values)}
 
 # %% ../../nbs/report/rundata.ipynb #cdafad5d
 def choose_cells(

@@ -52,7 +52,7 @@ def banner(
     return _el('p', html.escape(watermark), style) if watermark else ''
 
 def _picture(path:str|Path, caption:str, mode:str='compat', width:int=240) -> str:
-    try: body = f'<img src="{thumbnail(path, mode, width)}" alt="{html.escape(caption)}" style="width:100%;display:block;border-radius:4px">'
+    try: body = f'<img src="{thumbnail(path, mode, width)}" alt="{html.escape(caption)}" style="width:100%;display:block;border:1px solid #d9dee5">'
     except MediaError as e: body = _el('div', html.escape(e.why), f'border:1px dashed #b9c2cd;padding:14px 8px;{_SOFT}')
     return _el('figure', body + _el('figcaption', html.escape(caption), _SOFT), f'margin:0;flex:1 1 150px;max-width:{width}px')
 
@@ -160,9 +160,9 @@ def _html_table(title:str, head:list[str], rows:list[list[str]]) -> str:
     def cell(tag:str, value:str, i:int) -> str:
         return _el(tag, html.escape(value), f'text-align:{"right" if i else "left"};padding:2px 10px;white-space:nowrap')
     lines = ''.join(_el('tr', ''.join(cell('td', v, i) for i, v in enumerate(r))) for r in rows)
-    caption = _el('caption', html.escape(title), 'text-align:left;font-weight:600;padding:6px 0')
+    caption = _el('div', html.escape(title), 'font-weight:600;padding:10px 0 2px')
     names = _el('tr', ''.join(cell('th', v, i) for i, v in enumerate(head)))
-    return _el('div', _el('table', caption + names + lines, 'border-collapse:collapse'), 'overflow-x:auto')
+    return caption + _el('div', _el('table', names + lines, 'border-collapse:collapse'), 'overflow-x:auto')
 
 def _text_table(title:str, head:list[str], rows:list[list[str]]) -> str:
     return f'{title}\n{columns(rows, head, range(1, len(head)), "  ")}'

@@ -102,7 +102,7 @@ const fields = {};
 function control(label, input, key) {
   const l = put(el('label'), document.createTextNode(label), input);
   fields[key] = input;
-  input.addEventListener('input', () => { page = 0; draw(); });
+  for (const change of ['input', 'change']) input.addEventListener(change, () => { page = 0; draw(); });
   $('filters').append(l);
   return l;
 }
