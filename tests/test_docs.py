@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from check_site import Bases, check_site, link_problems, notebooks, output_problems, read_page, squeeze
+from outputs import settled, split_title
 from readme import INDEX, NOTE, cell_text, readme_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,6 +206,26 @@ def test_the_checker_sees_a_page_that_lost_an_output(tmp_path, output, good):
 def test_the_checker_sees_a_notebook_without_outputs_and_one_without_a_page(tmp_path):
     assert "without outputs" in output_problems(notebook(tmp_path, []), "page.html", read_page("<p>table"))[0]
     assert "no page" in output_problems(notebook(tmp_path, [PRINTED]), "page.html", None)[0]
+
+
+def test_the_checker_sees_a_lost_paragraph(tmp_path):
+    path = tmp_path / "page.ipynb"
+    path.write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": "# Walks\n\n> Short.\n\nThe data are 120 walks.\n\n1. *one*\n2. two"}]}))
+    assert output_problems(path, "page.html", read_page("<h1>Walks</h1><p>Short.<p>The data are 120 walks.<ol><li><em>one</em><li>two")) == []
+    assert "Thedataare120walks" in output_problems(path, "page.html", read_page("<h1>Walks</h1><p>Short.<ol><li>one<li>two"))[0]
+
+
+def test_prose_in_the_title_cell_gets_a_cell_of_its_own():
+    assert split_title("# Walks\n\n> Short.\n\nThe data.\n\nMore.") == ("# Walks\n\n> Short.", "The data.\n\nMore.")
+    assert split_title("# Walks\n\n> Short.") == ("# Walks\n\n> Short.", "")
+    assert split_title("Prose without a title.") == ("Prose without a title.", "")
+
+
+def test_a_progress_bar_is_shown_as_it_ended():
+    def printed(text: str, name: str = "stderr") -> dict:
+        return {"output_type": "stream", "name": name, "text": text}
+    pieces = [printed("start\n", "stdout"), printed("\r  0%"), printed("\r 50%\r"), printed("\r100%\n"), printed("\r  \r"), HTML, printed("end\r\n")]
+    assert settled(pieces) == [printed("start\n", "stdout"), printed("100%\n"), HTML, printed("end\n")]
 
 
 def test_the_checker_does_not_ask_for_hidden_outputs(tmp_path):

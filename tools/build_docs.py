@@ -3,6 +3,7 @@
 nbdev stages the notebooks of `nbs/` with the API entries of what they export; the paper notebooks join them as they are committed, outputs and all.
 Quarto renders where it is installed, smalldocs otherwise.
 """
+import json
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from check_site import check_site, notebooks
 from nbdev.processors import FilterDefaults, exec_show_docs
 from nbdev.quarto_render import render_quarto
 from nbdev.serve_drv import exec_nb
+from outputs import joined, settled, split_title
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "_docs"
@@ -42,14 +44,31 @@ class DocsFilter(FilterDefaults):
         return [*procs, drop_output_file]
 
 
+def prepared(notebook: dict) -> dict:
+    """A notebook with its outputs settled and the prose of its title cell in a cell of its own."""
+    cells: list[dict] = []
+    for cell in notebook["cells"]:
+        title, rest = split_title(joined(cell["source"])) if cell["cell_type"] == "markdown" and not cells[1:] else ("", "")
+        settle = {"outputs": settled(cell["outputs"])} if "outputs" in cell else {}
+        cells.append({**cell, **({"source": title} if rest else {}), **settle})
+        if rest:
+            cells.append({"cell_type": "markdown", "metadata": {}, "source": rest, "id": f"{cell.get('id', 'title')}-rest"})
+    return {**notebook, "cells": cells}
+
+
+def process(notebook: Path, target: Path) -> None:
+    """Write one notebook as the renderer gets it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(prepared(json.loads(notebook.read_text(encoding="utf-8")))), encoding="utf-8")
+    exec_nb(target, target, DocsFilter)
+
+
 def stage() -> None:
     """Process the notebooks of the package and of the papers into a project that can be rendered."""
     shutil.rmtree(STAGED, ignore_errors=True)
     warnings.simplefilter("ignore")  # a warning raised while an API entry is made would be printed on its page
     for page, notebook in notebooks(ROOT).items():
-        target = (STAGED / page).with_suffix(".ipynb")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        exec_nb(notebook, target, DocsFilter)
+        process(notebook, (STAGED / page).with_suffix(".ipynb"))
     for name in ("_quarto.yml", "styles.css"):
         shutil.copy2(ROOT / "nbs" / name, STAGED)
 

@@ -1,4 +1,4 @@
-"""Check a built site: every link inside it leads somewhere, every page made from a notebook shows that notebook's outputs."""
+"""Check a built site: every link inside it leads somewhere, every page made from a notebook shows that notebook's prose and outputs."""
 import json
 import re
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 import yaml
+from outputs import joined, settled
 
 ROOT = Path(__file__).resolve().parent.parent
 HIDDEN = {"hide", "export", "exporti", "default_exp"}
@@ -115,17 +116,24 @@ def link_problems(pages: dict[str, Page], bases: Bases) -> list[str]:
 # ---------------------------------------------------------------- outputs
 
 
-def joined(value: str | list[str]) -> str:
-    """Text that a notebook stores as one string or as a list of lines."""
-    return value if isinstance(value, str) else "".join(value)
-
-
-def shown_cells(notebook: dict) -> list[dict]:
-    """The code cells of a notebook that its page shows."""
+def shown_cells(notebook: dict, kind: str) -> list[dict]:
+    """The cells of one kind that a notebook's page shows."""
     def directives(cell: dict) -> set[str]:
         return set(re.findall(r"^#\|\s*([\w-]+)", joined(cell["source"]), flags=re.MULTILINE))
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    return [cell for cell in code if joined(cell["source"]).strip() and not directives(cell) & (HIDDEN | {"output", "include"})]
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+    return [cell for cell in cells if joined(cell["source"]).strip() and not directives(cell) & (HIDDEN | {"output", "include"})]
+
+
+def opening(markdown: str) -> str:
+    """The first letters of a piece of Markdown, up to the first link, tag or formula."""
+    marks = re.sub(r"^ *(?:```.*|~~~.*|[-*+]|\d+[.)])(?:\s|$)", "", markdown, flags=re.MULTILINE)  # of code blocks and lists
+    return squeeze(re.split(r"[\[<\\$]", marks)[0])[:SNIPPET]
+
+
+def paragraphs(notebook: dict) -> list[str]:
+    """The opening of every paragraph of a notebook's prose."""
+    sources = [joined(cell["source"]) for cell in shown_cells(notebook, "markdown")]
+    return [text for source in sources for part in re.split(r"\n\s*\n", source) if (text := opening(part))]
 
 
 def drawn_in(output: dict) -> int:
@@ -144,7 +152,8 @@ def text_in(output: dict) -> str:
     if any(kind in data for kind in PICTURES):
         return ""
     if "text/markdown" in data:
-        return squeeze(re.split(r"[\[<\\$]", joined(data["text/markdown"]))[0])[:SNIPPET]  # up to the first link, tag or formula
+        text = re.sub(r"^\s*table:", "", joined(data["text/markdown"]), flags=re.IGNORECASE)  # Pandoc's mark of a caption
+        return opening(text)
     return squeeze(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", joined(output.get("text", data.get("text/plain", "")))))[:SNIPPET]
 
 
@@ -159,13 +168,15 @@ def output_problems(notebook: Path, name: str, page: Page | None) -> list[str]:
     """One line for each output of a notebook that its page lacks, or one for a notebook without any."""
     if page is None:
         return [f"{name}: no page was made from {notebook.name}"]
-    cells = shown_cells(json.loads(notebook.read_text(encoding="utf-8")))
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    cells = shown_cells(content, "code")
+    outputs = [output for cell in cells for output in settled(cell.get("outputs", []))]
+    lost = [f"{name}: a paragraph is missing: {text}" for text in paragraphs(content) if text not in page.text]
     if cells and not outputs:
-        return [f"{name}: {notebook.name} was committed without outputs"]
+        return [*lost, f"{name}: {notebook.name} was committed without outputs"]
     drawn = sum(map(drawn_in, outputs))
     few = [f"{name}: it has {page.pictures} pictures and frames, its outputs have {drawn}"] if page.pictures < drawn else []
-    return few + [f"{name}: {why}" for output in outputs if (why := output_problem(output, page))]
+    return lost + few + [f"{name}: {why}" for output in outputs if (why := output_problem(output, page))]
 
 
 def notebooks(root: Path) -> dict[str, Path]:
