@@ -200,6 +200,22 @@ def test_papers_lists_parameters(capsys, papers):
     assert 'questions a category' in call(capsys, 'papers', 'mmwalk')[1]
 
 
+def test_a_real_run_is_scored_again_compared_and_shown(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ['-p', 'limit', '1', '-p', 'categories', 'E1,H1', '-p', 'shots', '1']
+    code, out, err = call(capsys, 'run', 'mmwalk', *given, '-q')
+    assert code == 0, err
+    made = Path(next(line for line in out.splitlines() if line.startswith('run ')).split()[1])
+    assert out.startswith('WATERMARK') and 'corrected' in out and 'as published' in out and 'cannot be judged' in out
+    before = {name: (made / name).read_bytes() for name in ('predictions.jsonl', 'scores.jsonl', 'table.csv')}
+    code, out, err = call(capsys, 'score', made)
+    assert code == 0, err
+    assert (made / 'manifest.json').exists() and before == {name: (made / name).read_bytes() for name in before}
+    assert 'would change the answers' in wrong(capsys, 'score', made, '-p', 'shots', '0')
+    assert 'equal at every stage' in call(capsys, 'compare', made, made)[1]
+    assert 'lexical@1, corrected' in call(capsys, 'show', made, 'E1')[1]
+
+
 # data
 
 

@@ -267,7 +267,7 @@ def in_frame(
 ) -> str: # HTML for a notebook's output
     "A document inside a frame of its own, which can reach neither the notebook nor the network."
     safe = document.replace('&', '&amp;').replace("'", '&#39;')
-    style = f'width:100%;min-width:320px;height:{height}px;border:1px solid #d9dee5;border-radius:6px;resize:vertical'
+    style = f'width:100%;min-width:280px;height:{height}px;border:1px solid #d9dee5;border-radius:6px;resize:vertical'
     return f"<iframe sandbox='allow-scripts' srcdoc='{safe}' style='{style}'></iframe>"
 
 # %% ../../nbs/report/viewer.ipynb #535bdea7
