@@ -37,6 +37,10 @@ class Sample:
     gold: str # the gold answer exactly as released
     meta: Mapping[str, str] = field(default_factory=dict) # what the paper groups by: category, scenario, ...
 
+    def _repr_html_(self) -> str:
+        from vlm_repro.report.tables import sample_card
+        return sample_card(self).html
+
 # %% ../../nbs/core/records.ipynb #30d9f3b2
 @dataclass(frozen=True)
 class Request:
@@ -64,6 +68,10 @@ class Generation:
     attempt: int = 1 # how often this request has been tried
     choice_logprobs: tuple[float, ...] | None = None # log-probabilities of the choices, where a task scores choices
     events: tuple[tuple[float, str], ...] = () # (seconds, text) of a streaming answer
+
+    def _repr_html_(self) -> str:
+        from vlm_repro.report.tables import generation_card
+        return generation_card(self).html
 
 # %% ../../nbs/core/records.ipynb #684e3d2a
 def failed(

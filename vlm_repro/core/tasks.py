@@ -216,6 +216,7 @@ def rescore(
 ) -> RunFolder: # locked for this process
     "Runs extract, score and table on another run's answers; raises ValueError for a parameter that would have changed the answers."
     old = read_run(source)
+    before = old.manifest
     params = {k: v for k, v in old.settings.items() if k != 'paper'}
     task = get_task(old.settings['paper'])
     if odd := sorted(changed.keys() - set(task.rescore)): raise ValueError(f'{", ".join(odd)} would change the answers; only {", ".join(task.rescore)} can be changed after generation')
@@ -226,5 +227,5 @@ def rescore(
     extract_run(task, run)
     score_run(task, settings, run)
     table_run(task, settings, run)
-    finish_run(task, settings, run, old.manifest['model'], rescored_from=old.manifest['answers_digest'])
+    finish_run(task, settings, run, before['model'], rescored_from=before['answers_digest'])
     return run
