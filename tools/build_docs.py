@@ -3,6 +3,7 @@
 nbdev stages the notebooks of `nbs/` with the API entries of what they export; the paper notebooks join them as they are committed, outputs and all.
 Quarto renders where it is installed, smalldocs otherwise.
 """
+import ast
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from outputs import joined, settled, split_title
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "_docs"
 STAGED = ROOT / "_proc"
+EXPORTS = {"export", "exports", "exporti", "exec_doc"}
 
 
 def import_types(cell) -> None:
@@ -34,13 +36,31 @@ def drop_output_file(cell) -> None:
         cell.source = re.sub(r"^output-file:.*\n", "", cell.source, flags=re.MULTILINE)
 
 
+def imports_of(source: str) -> str:
+    """The imports at the top level of a cell, without what else it does."""
+    return "\n".join(ast.unparse(node) for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom)))
+
+
+class ApiEntries(exec_show_docs):
+    """nbdev's maker of API entries, which runs exported cells and imports; of a lesson that also imports it runs the imports alone."""
+
+    def __call__(self, cell) -> None:
+        """Run what the entries need of one cell."""
+        lesson = cell.cell_type == "code" and not cell.directives_.keys() & EXPORTS and "show_doc(" not in (cell.source or "")
+        if not lesson:
+            super().__call__(cell)
+        elif self.nb.has_docs_ and re.search(r"^(?:import|from) ", cell.source or "", flags=re.MULTILINE):
+            self.k.run_cell(imports_of(re.sub(r"^[%!].*$", "", cell.source, flags=re.MULTILINE)))
+
+
 class DocsFilter(FilterDefaults):
     """nbdev's own processors, with the imports for type checkers resolved before the API entries are made."""
 
     def base_procs(self) -> list:
         """The processors in the order they run."""
         procs = super().base_procs()
-        procs.insert(procs.index(exec_show_docs), import_types)
+        at = procs.index(exec_show_docs)
+        procs[at:at + 1] = [import_types, ApiEntries]
         return [*procs, drop_output_file]
 
 
