@@ -35,7 +35,8 @@ def patches(
     return x.reshape(len(x), 128, 588)
 
 
-@lru_cache
+@lru_cache(maxsize=2)
+@torch.inference_mode(False)
 def _rotary(visual: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     grid = torch.tensor([[1, PIXELS[0] // 14, PIXELS[1] // 14]])
     places = modeling_qwen2_vl.get_vision_position_ids(grid, 2)
