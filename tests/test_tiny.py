@@ -97,12 +97,13 @@ def test_the_shipped_weights_see():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shots", sorted({int(row["shots"]) for row in csv.DictReader((FOLDER / "can_see.csv").open())}))
+@pytest.mark.parametrize("shots", [0, 3])
 def test_the_shipped_weights_give_the_measured_table(shots):
     """Another seed: what the table says is seen is seen there too."""
-    lines = can_see("tiny", seed=78, n=301, shots=(shots,), batch=32)
-    table = measured()
-    assert all(line.sees for line in lines if (line.category, shots) in table and table[line.category, shots]["sees"] == "True"), lines
+    seen = [category for category in CATEGORIES if measured().get((category, shots), {}).get("sees") == "True"]
+    assert "E1" in seen
+    lines = can_see("tiny", seed=78, n=301, shots=(shots,), batch=32, categories=seen)
+    assert all(line.sees for line in lines), lines
 
 
 @pytest.mark.slow

@@ -23,13 +23,13 @@ from PIL import Image
 
 from ..core.records import Request, Sample
 from ..metrics.statistics import clustered_interval
+from ..models.protocol import Model, load_model
 from .data import load
 from .prompt import PromptSettings, render
 from .questions import NUMBERS
 from .scene import SCENARIOS
 from .shots import shots_for
 from .world import Size, default_world
-from ..models.protocol import Model, load_model
 
 # %% ../../nbs/mmwalk/can_see.ipynb #ea731de5
 CATEGORIES = ("E1", "E2", "E3", "H1")
