@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vlm_repro.report.published import Cells, Eligibility, Published, Verdicts
 
 # %% ../../nbs/core/tasks.ipynb #2051a614
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     "The samples of one split, and which data they are."
     samples: tuple[Sample, ...] # in the order of the files
@@ -33,6 +33,8 @@ class Dataset:
     identity: Mapping[str, Any] # name, release, split, file hashes, n: what the manifest says of the data
     watermark: str|None = None # why no number of this run may be compared with the paper; None for the paper's own data
     problems: tuple[Any, ...] = () # records that were set aside, and oddities that were accepted; each says where and why
+
+    def __repr__(self) -> str: return f'Dataset({len(self.samples)} samples of {self.identity.get("name", "?")} {self.identity.get("split", "")})'
 
     def _repr_markdown_(self) -> str:
         about = {k: v for k, v in self.identity.items() if isinstance(v, (str, int))}
