@@ -73,6 +73,15 @@ def test_killed_with_its_kernel_and_run_again(tmp_path):
     assert _predictions(cut) == _predictions(whole)
 
 
+def test_a_missing_first_image_does_not_stop_the_page(tmp_path):
+    from vlm_repro.mmwalk.world import Size, build_world
+    root = build_world(tmp_path/'data', 3, Size(test_frames=1, train_frames=1, val_frames=1, train_trajectories=1))
+    first = json.loads((root/'test_data_chat'/'E1.jsonl').read_text(encoding='utf-8').splitlines()[0])['conversation'][0]['content'][0]['image']
+    (root/first.removeprefix('../')).unlink()
+    manifest = _run(tmp_path/'run', data_root=root, categories='E1')
+    assert manifest['errors']['media'] >= 1 and manifest['n'] > manifest['errors']['media']
+
+
 def test_wrong_value_is_named(tmp_path):
     done = subprocess.run(_command(tmp_path, views='top'), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0 and "views='top' is not possible; valid: normal, single, dog+, drone+" in done.stderr
@@ -91,7 +100,7 @@ def test_real_annotations_with_stand_in_frames(tmp_path):
     root = tmp_path/'data'
     root.mkdir()
     for part in ('test_data_chat', 'finetune_related'): os.symlink(data/part, root/part)
-    frames = [sys.executable, '-m', 'vlm_repro.cli', 'data', 'frames', 'mmwalk', '--root', str(root), '-p', 'shots', '3', '-p', 'limit', '10']
+    frames = [sys.executable, '-c', 'from vlm_repro.cli import main; raise SystemExit(main())', 'data', 'frames', 'mmwalk', '--root', str(root), '-p', 'shots', '3', '-p', 'limit', '10']
     subprocess.run(frames, check=True, capture_output=True)
     manifest = _run(tmp_path/'run', data_root=root, shots=3, limit=10)
     assert manifest['n'] == 90 and not manifest['errors']
