@@ -84,7 +84,7 @@ def test_a_missing_first_image_does_not_stop_the_page(tmp_path):
 
 def test_wrong_value_is_named(tmp_path):
     done = subprocess.run(_command(tmp_path, views='top'), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode != 0 and "views='top' is not possible; valid: normal, single, dog+, drone+" in done.stderr
+    assert done.returncode != 0 and "views='top' is unknown; valid ones are normal, single, dog+, drone+" in done.stderr
 
 
 def test_help_names_every_parameter():
