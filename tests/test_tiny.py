@@ -96,7 +96,7 @@ def test_the_shipped_weights_see():
         assert abs(line.accuracy - float(measured()[line.category, 0]["accuracy"])) < 0.2, line
 
 
-@pytest.mark.slow
+@pytest.mark.papers
 @pytest.mark.parametrize("shots", [0, 3])
 def test_the_shipped_weights_give_the_measured_table(shots):
     """Another seed: what the table says is seen is seen there too."""
@@ -106,7 +106,7 @@ def test_the_shipped_weights_give_the_measured_table(shots):
     assert all(line.sees for line in lines), lines
 
 
-@pytest.mark.slow
+@pytest.mark.papers
 @pytest.mark.parametrize("views", ["single", "dog+", "drone+"])
 def test_the_other_views_work_too(views):
     lines = can_see("tiny", n=105, shots=(0,), views=views, categories=("E1", "E2", "H1"))
