@@ -33,7 +33,7 @@ class MmwalkSettings:
     "Everything that decides a run's numbers; raises ValueError for a value that is not possible, listing those that are."
     model: str = 'tiny' # `tiny`, a folder or hub id, `openai:NAME` or `openai:NAME@http://host:port/v1`
     data_root: str = '' # folder in the released layout; empty for the embedded world
-    split: str = 'test' # `test`, or `val` and `train`, which have no instructions
+    split: str = 'test' # only `test` has the instructions that a question is asked with
     seed: int = 0 # of the shots and of the choice of questions
     limit: int = 0 # questions a category; 0 for all
     categories: str = 'all' # such as `E1,H1`
