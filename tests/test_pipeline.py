@@ -55,7 +55,7 @@ def _begin(root, out, **more):
 
 
 def _end(settings, run, model):
-    extract_run(TASK, run)
+    extract_run(TASK, settings, run)
     score_run(TASK, settings, run)
     table_run(TASK, settings, run)
     return finish_run(TASK, settings, run, model.describe())

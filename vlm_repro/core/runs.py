@@ -78,7 +78,7 @@ def _pretty(obj:Any) -> str:
     return json.dumps(obj, ensure_ascii=False, sort_keys=True, indent=2) + '\n'
 
 # %% ../../nbs/core/runs.ipynb #5cc25fd5
-_KEY = ('id', 'metric', 'variant')  # a sample has one prediction, but a score for each metric and variant
+_KEY = ('id', 'extractor', 'metric', 'variant')  # a sample has one prediction, but an answer for each extractor and a score for each metric and variant
 
 class RunFolder:
     "One run on disk: its settings, the rows of its stages, its manifest."
@@ -112,7 +112,7 @@ class RunFolder:
 
     def rows(self,
         stage:str, # one of `STAGES`
-    ) -> list[Row]: # the last row of each id (of each id, metric and variant, for scores), in order of first appearance; shards are read as one
+    ) -> list[Row]: # the last row of each id (of each id and extractor for answers, of each id, metric and variant for scores), in order of first appearance; shards are read as one
         "The rows of a stage; raises RunError for a broken line."
         files = [self.path(f'{stage}.jsonl'), *sorted(self.root.glob(f'{stage}-*.jsonl'))]
         rows = [row for f in files if f.exists() for row in read_lines(f)]

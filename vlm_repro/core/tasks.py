@@ -23,6 +23,7 @@ from .runs import RunError, RunFolder, default_out, open_run, pin, read_run
 
 if TYPE_CHECKING:
     from vlm_repro.report.published import Cells, Eligibility, Published, Verdicts
+    from vlm_repro.train.render import Example
 
 # %% ../../nbs/core/tasks.ipynb #2051a614
 @dataclass(frozen=True, repr=False)
@@ -51,7 +52,7 @@ class Task:
     settings: type # frozen dataclass of every parameter that can change a result
     load: Callable[[Any], Dataset] # data: settings to samples; builds the world when no data root is given
     prompt: Callable[[Dataset, Any], list[Request]] # prompt: one request a sample, in order
-    extract: Callable[[Sequence[Generation]], list[Answer]] # extract: one answer a generation
+    extract: Callable[[Sequence[Sample], Sequence[Generation], Any], list[Answer]] # extract: one answer a generation and extractor, the corrected extractor's last
     score: Callable[[Sequence[Sample], Sequence[Answer], Any, RunFolder], list[Score]] # score: sufficient statistics, both variants
     cells: Callable[[Sequence[Sample], Sequence[Score], Any], 'Cells'] # table: our numbers with intervals
     published: Callable[[Any], list['Published']] # table: the paper's numbers, filled in by the reader where the paper's are not public
@@ -60,6 +61,7 @@ class Task:
     unit: str # the unit of the published table
     world: Callable[[Path, int], Path] # builds the embedded world at a path from a seed
     export: Callable[[RunFolder, Any], Path] # writes the files that the paper's own scripts write
+    examples: Callable[[Any, str], Sequence['Example']]|None = None # train: the conversations of a split (`train`, `val`); None where the paper trains nothing
     rescore: tuple[str, ...] = () # parameters that matter only after generation, so that a finished run can be scored anew with others
 
 # %% ../../nbs/core/tasks.ipynb #0441031b
@@ -142,11 +144,13 @@ def generations_of(
 # %% ../../nbs/core/tasks.ipynb #4d760932
 def extract_run(
     task:Task, # the paper
+    settings:Any, # the run's settings
     run:RunFolder, # locked
     partial:bool=False, # accept an incomplete run
-) -> list[Answer]: # one a generation
+) -> list[Answer]: # one a generation and extractor
     "Reads an answer out of every generation and keeps them in the run folder."
-    answers = task.extract(generations_of(run, partial))
+    made, asked = generations_of(run, partial), {s.id: s for s in samples_of(run)}
+    answers = task.extract([asked[g.id] for g in made], made, settings)
     run.write('answers', map(to_row, answers))
     return answers
 
@@ -226,7 +230,7 @@ def rescore(
     run = start(task, settings, out)
     for name in ('samples', 'predictions', 'timings', 'judge'): run.write(name, old.rows(name))
     run.write_text('data.json', old.path('data.json').read_text(encoding='utf-8'))
-    extract_run(task, run)
+    extract_run(task, settings, run)
     score_run(task, settings, run)
     table_run(task, settings, run)
     finish_run(task, settings, run, before['model'], rescored_from=before['answers_digest'])

@@ -6,7 +6,8 @@ Docs: https://vlm-repro.github.io/vlm_repro/mmwalk/task.html.md"""
 
 # %% auto #0
 __all__ = ['WORLD_SEED', 'WORLD_SIZE', 'task', 'MmwalkSettings', 'prompt_settings', 'data_folder', 'load_questions',
-           'render_questions', 'score_answers', 'reduce_scores', 'claim', 'paper_table', 'write_published_files']
+           'render_questions', 'extract_answers', 'score_answers', 'reduce_scores', 'claim', 'paper_table',
+           'write_published_files']
 
 # %% ../../nbs/mmwalk/task.ipynb #03b0b535
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..core.records import Answer, Request, Sample, Score, from_row
+from ..core.records import Answer, Generation, Request, Sample, Score, from_row
 from ..core.runs import RunFolder
 from ..core.tasks import Dataset, Task, one_of
 from ..report.published import Cells, Eligibility, Published, load_published
@@ -96,6 +97,14 @@ def render_questions(
     return [render(s, data.frames, chosen, shots.get(s.meta['category'], ())) for s in data.samples]
 
 # %% ../../nbs/mmwalk/task.ipynb #639a868c
+def extract_answers(
+    samples:Sequence[Sample], # of the run
+    generations:Sequence[Generation], # one a sample
+    settings:MmwalkSettings, # no parameter changes how an answer is read
+) -> list[Answer]: # one a generation
+    "Reads the answers; the paper reads every model's text in the same way."
+    return extract(generations)
+
 def score_answers(
     samples:Sequence[Sample], # in the order of the answers
     answers:Sequence[Answer], # one a sample
@@ -147,6 +156,6 @@ def write_published_files(
 
 # %% ../../nbs/mmwalk/task.ipynb #f4364788
 task = Task(
-    name='mmwalk', settings=MmwalkSettings, load=load_questions, prompt=render_questions, extract=extract, score=score_answers, cells=reduce_scores,
+    name='mmwalk', settings=MmwalkSettings, load=load_questions, prompt=render_questions, extract=extract_answers, score=score_answers, cells=reduce_scores,
     published=paper_table, eligibility=claim, cluster='trajectory', unit='0-100', world=build_world, export=write_published_files,
     rescore=('judge', 'judge_prompt', 'published'))
