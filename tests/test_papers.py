@@ -73,13 +73,25 @@ def test_killed_with_its_kernel_and_run_again(tmp_path):
     assert _predictions(cut) == _predictions(whole)
 
 
-def test_a_missing_first_image_does_not_stop_the_page(tmp_path):
+def _small_world(folder: Path) -> Path:
     from vlm_repro.mmwalk.world import Size, build_world
-    root = build_world(tmp_path/'data', 3, Size(test_frames=1, train_frames=1, val_frames=1, train_trajectories=1))
+    return build_world(folder, 3, Size(test_frames=1, train_frames=1, val_frames=1, train_trajectories=1))
+
+
+def test_a_missing_first_image_does_not_stop_the_page(tmp_path):
+    root = _small_world(tmp_path/'data')
     first = json.loads((root/'test_data_chat'/'E1.jsonl').read_text(encoding='utf-8').splitlines()[0])['conversation'][0]['content'][0]['image']
     (root/first.removeprefix('../')).unlink()
     manifest = _run(tmp_path/'run', data_root=root, categories='E1')
     assert manifest['errors']['media'] >= 1 and manifest['n'] > manifest['errors']['media']
+
+
+def test_a_run_in_which_every_sample_failed_still_has_its_page(tmp_path):
+    root = _small_world(tmp_path/'data')
+    for image in (root/'QAFrames').rglob('*.png'): image.write_bytes(image.read_bytes()[:60])
+    manifest = _run(tmp_path/'run', data_root=root, categories='E1')
+    assert manifest['errors']['media'] == manifest['n'] > 0
+    assert 'every one of them failed' in (tmp_path/'run'/'figures'/'scenarios.svg').read_text(encoding='utf-8')
 
 
 def test_wrong_value_is_named(tmp_path):

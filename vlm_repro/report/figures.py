@@ -125,7 +125,7 @@ def heatmap(
     "Mean scores by two groups, each with its number of samples; raises ValueError if there are no scores."
     data = load_run(run)
     found = means(data, rows, columns, variant, metric)
-    if not found: raise ValueError(f'{data.name}: no {variant} scores; score the run first')
+    if not found: return _nothing(data, variant)
     down, along = sorted({r for r, _ in found}), sorted({c for _, c in found})
     grid = [[sum(v)/len(v) if (v := found.get((r, c))) else float('nan') for c in along] for r in down]
     low, high = limits or (min(map(min, found.values())), max(map(max, found.values())))
@@ -135,6 +135,13 @@ def heatmap(
     axes.set_xticks(range(len(along)), along)
     axes.set_yticks(range(len(down)), down)
     figure.colorbar(image, ax=axes, label=f'mean score, {variant.replace("_", " ")}')
+    return watermark(figure, data.watermark)
+
+def _nothing(data:RunData, variant:str) -> Figure:
+    if not data.scores: raise ValueError(f'{data.name}: no {variant} scores; score the run first')
+    figure, axes = _figure(6., 1.6)
+    axes.set_axis_off()
+    axes.text(.5, .5, f'none of {len(data.scores)} samples has a {variant.replace("_", " ")} score:\nevery one of them failed', ha='center', va='center', fontsize=11)
     return watermark(figure, data.watermark)
 
 def _annotate(axes:Axes, found:Mapping[tuple[str, str], Sequence[float]], down:Sequence[str], along:Sequence[str], middle:float) -> None:
