@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .core.check import TOTALS, CheckReport
 from .core.text import columns
 
 # %% ../nbs/cli_data.ipynb #fa417cbb
@@ -23,10 +24,12 @@ data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check,
 PaperName = Annotated[str, typer.Argument(help='Which paper, such as mmwalk.')]
 Root = Annotated[str, typer.Option(help='The data root: the folder that holds, or is to hold, the released files.')]
 
-def _module(paper:str, part:str) -> ModuleType:
+def _module(paper:str, part:str, needed:str) -> ModuleType:
     from vlm_repro.core.tasks import get_task
     get_task(paper)
-    return importlib.import_module(f'vlm_repro.{paper}.{part}')
+    module = importlib.import_module(f'vlm_repro.{paper}.{part}')
+    if not hasattr(module, needed): raise ValueError(f'there is no such command for {paper}')
+    return module
 
 def _folder(root:str) -> Path:
     if not Path(root).is_dir(): raise ValueError(f'{root}: no such folder; give the data root, or make it first')
@@ -34,11 +37,11 @@ def _folder(root:str) -> Path:
 
 # %% ../nbs/cli_data.ipynb #ac720a54
 def check_text(
-    report:Any, # a paper's `CheckReport`
+    report:CheckReport, # of any paper
 ) -> str: # for a terminal
     "What a check found: differences first, then the totals, then the problems."
     compared, wrong = [r for r in report.rows if r.expected is not None], [r for r in report.rows if not r.ok]
-    totals = [r for r in report.rows if r.ok and (r.expected is None or r.what in ('samples', 'frames', 'trajectories', 'images'))]
+    totals = [r for r in report.rows if r.ok and (r.expected is None or r.what in TOTALS)]
     state = {True: 'agrees', False: 'DIFFERS', None: ''}
     rows = [[r.split, r.what, r.found, '' if r.expected is None else r.expected, state[None if r.expected is None else r.ok]] for r in [*wrong, *totals]]
     shown = [f'  {p}' for p in report.problems[:20]] + ([f'  and {len(report.problems) - 20} more'] if len(report.problems) > 20 else [])
@@ -50,13 +53,13 @@ def check_text(
 def check(
     paper:PaperName,
     root:Root,
-    frames:Annotated[str, typer.Option(help='The folder with the images, where it is not below the root.')]='',
+    frames:Annotated[str, typer.Option(help='The folder with the images or clips, where it is not below the root.')]='',
 ) -> None:
     """Load every split of a data folder, count it and compare it with the release; exit code 1 if something differs.
 
     vlm-repro data check mmwalk --root DIR
     """
-    report = _module(paper, 'check').check(_folder(root), frames or None)
+    report = _module(paper, 'check', 'check').check(_folder(root), frames or None)
     typer.echo(check_text(report))
     if not report.ok: raise typer.Exit(1)
 
@@ -70,7 +73,7 @@ def plan(
 
     vlm-repro data plan mmwalk --root DIR
     """
-    rows = _module(paper, 'download').plan(root or None)
+    rows = _module(paper, 'download', 'plan').plan(root or None)
     shown = [[r.path, r.release, 'told by the server' if r.bytes is None else f'{r.bytes:,}', r.state, r.licence, r.url] for r in rows]
     typer.echo(columns(shown, ['put it at', 'release', 'bytes', 'state', 'licence', 'from'], right={2}))
 
@@ -87,7 +90,7 @@ def get(
     vlm-repro data get mmwalk --root DIR --part frames --accept-licence
     """
     Path(root).mkdir(parents=True, exist_ok=True)
-    done = _module(paper, 'download').get(part, root, accept_licence, mirror or None, show=typer.echo)
+    done = _module(paper, 'download', 'get').get(part, root, accept_licence, mirror or None, show=typer.echo)
     typer.echo(f'{len(done)} file{"" if len(done) == 1 else "s"} complete and checked below {root}')
 
 # %% ../nbs/cli_data.ipynb #402d089b
@@ -112,7 +115,7 @@ def frames(
     from tqdm import tqdm
 
     from vlm_repro.cli_run import parse_pairs
-    world = _module(paper, 'world')
+    world = _module(paper, 'world', 'render_frames')
     samples, paths = _asked(paper, _folder(root), parse_pairs(parameter))
     weathers, step = world.trajectory_weathers(samples), 40
     drawn = sum(world.render_frames(root, paths[i:i + step], weathers) for i in tqdm(range(0, len(paths), step), unit='40 images', disable=None))
