@@ -86,7 +86,6 @@ class Recipe:
     checkpointing: bool = True # compute activations twice rather than keep them
     max_length: int = 4096 # tokens; a longer example is dropped and counted, never cut
     packing: bool = True # several examples in one row, isolated from each other
-    group_by_length: bool = False # examples of like length share a batch
     mask: str = 'answer' # which tokens are supervised
     min_pixels: int = 0 # least pixels an image is given; 0 for the checkpoint's own
     max_pixels: int = 0 # most pixels an image is given; 0 for the checkpoint's own
@@ -142,6 +141,7 @@ def _check_numbers(r:Recipe) -> None:
     if isinstance(r.tuning, Lora) and r.tuning.rank < 1: raise RecipeError(f'tuning.rank: {r.tuning.rank} is not possible; give 1 or more')
     if isinstance(r.tuning, Full) and not r.tuning.parts: raise RecipeError(f'tuning.parts: nothing would be trained; name some of {", ".join(PARTS)}')
     if not r.data: raise RecipeError('data: a recipe needs at least one source')
+    if 0 < r.micro_tokens < r.max_length: raise RecipeError(f'micro_tokens: {r.micro_tokens} is less than max_length {r.max_length}, so an example could fit nowhere; raise it, or lower max_length')
     for key in ('save_every', 'eval_every'):
         value = getattr(r, key)
         if value not in ('epoch', 'never') and not (isinstance(value, int) and value > 0):
