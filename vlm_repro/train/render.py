@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..core.records import Messages
-from ..models.inputs import Preparer, VisualCounter, encode, image_parts, image_token_id, measure, render, tokenizer_of
+from ..models.inputs import Encoded, Preparer, VisualCounter, encode, image_parts, image_token_id, measure, render, tokenizer_of
 from ..models.protocol import Lengths
 
 # %% ../../nbs/train/render.ipynb #04f4a6df
@@ -186,6 +186,11 @@ def _longer(tensors:Mapping[str, torch.Tensor], ids:Sequence[int]) -> dict[str, 
     return {k: torch.cat([v, more.get(k, torch.zeros(1, len(ids))).to(v.dtype)], 1) if k in rows else v for k, v in tensors.items()}
 
 # %% ../../nbs/train/render.ipynb #62f06cba
+def _prompt(preparer:Preparer, example:Example) -> Encoded:
+    "What the model is fed at inference."
+    try: return encode(preparer, example.messages[:-1])
+    except ValueError as e: raise Dropped(example.id, f'the processor refuses it: {e}') from e
+
 def render_example(
     preparer:Preparer, # of the checkpoint
     example:Example, # the conversation
@@ -195,7 +200,7 @@ def render_example(
     "The inference prompt, the answer, its end mark, and the labels; raises Dropped, MediaError for an unusable image, TemplateError."
     rule = get_mask(mask)
     behind, supervised = _closing(preparer, example, rule)
-    prompt = encode(preparer, example.messages[:-1])
+    prompt = _prompt(preparer, example)
     n, length = prompt.n_prompt, prompt.n_prompt + len(behind)
     if max_length is not None and length > max_length: raise Dropped(example.id, f'{length} tokens ({prompt.n_visual} visual) > max_length {max_length}')
     spans = [(n + supervised[0], n + supervised[1])]
