@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import nn
-from transformers.trainer_pt_utils import get_parameter_names
 
 from ..core.text import columns
 from ..models.transformers import has_eyes, read_config
@@ -191,6 +190,7 @@ def parameter_groups(
     weight_decay:float, # of all but biases and norms
 ) -> list[dict[str, Any]]: # `params`, `lr`, `weight_decay`, and a `name` such as `projector/decay`
     "Groups of trainable parameters for an optimizer; raises ValueError for an unknown part, or one that learns without a rate."
+    from transformers.trainer_pt_utils import get_parameter_names  # imports DeepSpeed, where there is one
     _known(rates, 'rates')
     parts, decays = parts_of(model), set(get_parameter_names(model, [nn.LayerNorm], list(_NO_DECAY)))
     groups = {}
