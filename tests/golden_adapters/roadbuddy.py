@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_repro.core.records import Sample
-from vlm_repro.roadbuddy import extract, prompt, splits
+from vlm_repro.roadbuddy import extract, prompt, score, splits
 
 
 def answer_parse(given: Any, data: Path) -> dict[str, str]:
@@ -34,7 +34,11 @@ def split(given: Any, data: Path) -> dict[str, Any]:
     return {'n_train': len(train), 'n_val': len(val), 'train_head': train[:10], 'val_head': val[:10], **digests, **whole}
 
 
-ADAPTERS: dict[str, Callable[[Any, Path], Any]] = {'answer_parse': answer_parse, 'gold_label': gold_label, 'prompt_choice': prompt_choice, 'split': split}
+def metrics(given: Any, data: Path) -> dict[str, Any]:
+    return score.evaluate(given['predictions'], given['labels'])
+
+
+ADAPTERS: dict[str, Callable[[Any, Path], Any]] = {'answer_parse': answer_parse, 'gold_label': gold_label, 'prompt_choice': prompt_choice, 'split': split, 'metrics': metrics}
 if importlib.util.find_spec('golden_adapters.roadbuddy_frames'):
     from golden_adapters.roadbuddy_frames import ADAPTERS as FRAMES
     ADAPTERS |= FRAMES
