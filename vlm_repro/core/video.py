@@ -59,7 +59,7 @@ def write_clip(
         stream = out.add_stream(codec, rate=rate, options=_encoder_options(codec, quality, gop))
         stream.pix_fmt, stream.thread_count, stream.codec_context.flags = 'yuv420p', 1, stream.codec_context.flags | av.codec.context.Flags.bitexact
         if times is not None: stream.codec_context.time_base = Fraction(1, _TICKS)
-        if turn: stream.set_display_rotation(turn)
+        if turn: stream.set_display_rotation(-turn)
         for i, frame in enumerate(frames):
             pixels = _pixels(frame, size)
             if size is None: size = stream.height, stream.width = pixels.shape[:2]
@@ -140,7 +140,7 @@ def _turn_of(frame:Any, path:Path) -> Image.Transpose | None:
     if data is None: return None
     m = np.frombuffer(bytes(data), np.int32)/2**16
     turn = tuple(round(float(v)) for v in m[[0, 1, 3, 4]])
-    if turn not in _TURNS or np.abs(m[[0, 1, 3, 4]] - turn).max() > .01: raise MediaError(path, f'is turned by {frame.rotation} degrees; encode it upright')
+    if turn not in _TURNS or np.abs(m[[0, 1, 3, 4]] - turn).max() > .01: raise MediaError(path, 'is turned by no quarter of a circle; encode it upright')
     return _TURNS[turn]
 
 # %% ../../nbs/core/video.ipynb #b298a485
@@ -332,9 +332,13 @@ def _by_decord(path:Path, wanted:Sequence[int]) -> dict[int, Image.Image]:
     return dict(zip(wanted, map(Image.fromarray, batch)))
 
 def _exactly(path:Path, index:VideoIndex, wanted:Sequence[int], how:str) -> dict[int, Image.Image]:
-    "By the plan, or from the front where the file's key marks cannot be trusted."
-    try: return _gather(path, index, plan_reads(wanted, index.keys, _COSTS[how]))
-    except _Astray: return _gather(path, index, plan_reads(wanted, index.keys, _COSTS['linear']))
+    "By the plan; from the front for what the plan did not reach, where the file's key marks cannot be trusted."
+    runs = plan_reads(wanted, index.keys, _COSTS[how])
+    try: found = _gather(path, index, runs)
+    except _Astray: found = {}
+    left = [i for i in wanted if i not in found]
+    if not left or not any(run.start for run in runs): return found
+    return {**found, **_gather(path, index, plan_reads(left, index.keys, _COSTS['linear']))}
 
 def check_frames(
     path:str|Path, # a video file
