@@ -88,7 +88,7 @@ def _batch(model:'Model', batch:Sequence[tuple[Request, int]], run:RunFolder, ma
     # a backend's own retries inside one call count too
     made = [replace(g, attempt=g.attempt + attempt - 1) for g, (_, attempt) in zip(made, batch, strict=True)]
     run.append('predictions', map(to_row, made))
-    run.append('timings', [{'n': len(made), 'seconds': round(seconds, 4), 'n_prompt': sum(g.n_prompt for g in made),
+    run.append('timings', [{'ids': [g.id for g in made], 'n': len(made), 'seconds': round(seconds, 4), 'n_prompt': sum(g.n_prompt for g in made),
                             'n_visual': sum(g.n_visual for g in made), 'n_new': sum(g.n_new for g in made)}])
     return made
 
