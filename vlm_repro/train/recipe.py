@@ -141,6 +141,9 @@ def _check_numbers(r:Recipe) -> None:
     if isinstance(r.tuning, Lora) and r.tuning.rank < 1: raise RecipeError(f'tuning.rank: {r.tuning.rank} is not possible; give 1 or more')
     if isinstance(r.tuning, Full) and not r.tuning.parts: raise RecipeError(f'tuning.parts: nothing would be trained; name some of {", ".join(PARTS)}')
     if not r.data: raise RecipeError('data: a recipe needs at least one source')
+    _check_cadence(r)
+
+def _check_cadence(r:Recipe) -> None:
     if 0 < r.micro_tokens < r.max_length: raise RecipeError(f'micro_tokens: {r.micro_tokens} is less than max_length {r.max_length}, so an example could fit nowhere; raise it, or lower max_length')
     for key in ('save_every', 'eval_every'):
         value = getattr(r, key)
