@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_repro.core.records import Sample
-from vlm_repro.roadbuddy import extract, prompt, score, splits
+from vlm_repro.roadbuddy import extract, prompt, score, splits, submission
 
 
 def answer_parse(given: Any, data: Path) -> dict[str, str]:
@@ -38,7 +38,12 @@ def metrics(given: Any, data: Path) -> dict[str, Any]:
     return score.evaluate(given['predictions'], given['labels'])
 
 
-ADAPTERS: dict[str, Callable[[Any, Path], Any]] = {'answer_parse': answer_parse, 'gold_label': gold_label, 'prompt_choice': prompt_choice, 'split': split, 'metrics': metrics}
+def submission_csv(given: Any, data: Path) -> str:
+    return submission.submission_csv(given['ids'], given['answers'])
+
+
+ADAPTERS: dict[str, Callable[[Any, Path], Any]] = {'answer_parse': answer_parse, 'gold_label': gold_label, 'prompt_choice': prompt_choice, 'split': split, 'metrics': metrics,
+                                                     'submission_csv': submission_csv}
 if importlib.util.find_spec('golden_adapters.roadbuddy_frames'):
     from golden_adapters.roadbuddy_frames import ADAPTERS as FRAMES
     ADAPTERS |= FRAMES
