@@ -11,7 +11,6 @@ __all__ = ['Preparer', 'IMAGE_BACKENDS', 'tokenizer_of', 'require_template', 'im
 
 # %% ../../nbs/models/inputs.ipynb #580cad30
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTr
 from transformers.image_utils import SizeDict
 from transformers.utils import is_torchvision_available
 
-from ..core.media import MediaError, image_size, open_image, pixel_hash
+from ..core.media import MediaError, pixel_hash
+from ..core.parts import open_parts, part_size
 from ..core.records import Messages, digest
 from .protocol import Lengths, ModelError
 
@@ -134,15 +134,11 @@ def _process(preparer:Preparer, messages:Messages, text:str, images:list[Image.I
 
 # %% ../../nbs/models/inputs.ipynb #b431b18c
 def open_images(
-    messages:Messages, # a conversation; an image part may say `depth_mode` and `max_depth_m`
+    messages:Messages, # a conversation; an image part may say `frame` of a video, or `depth_mode` and `max_depth_m` of a depth map
     workers:int=1, # threads that decode
 ) -> list[Image.Image]: # RGB, in reading order
-    "The images of a conversation; raises MediaError for the first that cannot be used."
-    def one(part:dict[str, Any]) -> Image.Image:
-        return open_image(part['image'], **{k: part[k] for k in ('depth_mode', 'max_depth_m') if k in part})
-    parts = image_parts(messages)
-    if workers <= 1 or len(parts) < 2: return [one(p) for p in parts]
-    with ThreadPoolExecutor(workers) as pool: return list(pool.map(one, parts))
+    "The images of a conversation, each video read once; raises MediaError for the first that cannot be used."
+    return open_parts(image_parts(messages), workers)
 
 # %% ../../nbs/models/inputs.ipynb #bb0a9a09
 def encode(
@@ -207,10 +203,10 @@ def measure(
     messages:Messages, # the conversation
     counter:VisualCounter, # remembers the sizes it has seen
 ) -> Lengths: # exact
-    "The prompt's length from its text and the headers of its images; raises MediaError for an image that cannot be used."
+    "The prompt's length from its text and the sizes of its images, none decoded; raises MediaError for an image that cannot be used."
     text = render(preparer, messages)
     n_ids = len(tokenizer_of(preparer)(text, **_special(preparer, text))['input_ids'])
-    sizes = tuple(image_size(p['image']) for p in image_parts(messages))
+    sizes = tuple(part_size(p) for p in image_parts(messages))
     try: n_visual, n_around = counter(sizes)
     except ValueError as e: raise MediaError(image_parts(messages)[0]['image'], f'refused by the processor, it or an image after it: {e}') from e
     return Lengths(n_ids - len(sizes) + n_around, n_visual)

@@ -18,10 +18,9 @@ import random
 import re
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from pathlib import PurePath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -30,7 +29,8 @@ import openai
 from openai.types.chat import ChatCompletion
 from PIL import Image
 
-from ..core.media import MediaError, image_size, open_image, pixel_hash
+from ..core.media import MediaError, pixel_hash
+from ..core.parts import open_parts, part_name, part_size
 from ..core.records import Generation, Messages, Request, digest, failed
 from .protocol import Lengths, ModelError, Spec
 
@@ -51,9 +51,15 @@ class Wire:
     prompt_hash: str # digest of roles and texts, images as marks
     pixel_hash: str # digest of the RGB pixels sent; what the server makes of them is its own affair
 
-def _part(part:dict[str, Any], detail:str) -> tuple[dict[str, Any], Image.Image | None]:
+def _parts(message:dict[str, Any]) -> list[dict[str, Any]]:
+    return [{'type': 'text', 'text': message['content']}] if isinstance(message['content'], str) else message['content']
+
+def _images(messages:Messages) -> list[dict[str, Any]]:
+    return [p for m in messages for p in _parts(m) if p['type'] == 'image']
+
+def _part(part:dict[str, Any], opened:Iterator[Image.Image], detail:str) -> tuple[dict[str, Any], Image.Image | None]:
     if part['type'] == 'text': return {'type': 'text', 'text': part['text']}, None
-    image = open_image(part['image'], **{k: part[k] for k in ('depth_mode', 'max_depth_m') if k in part})
+    image = next(opened)
     return {'type': 'image_url', 'image_url': {'url': data_url(image), **({'detail': detail} if detail != 'auto' else {})}}, image
 
 def wire(
@@ -61,11 +67,11 @@ def wire(
     detail:str='auto', # `auto`, `low` or `high`: how closely GPT-4o looks; `auto` sends nothing
 ) -> Wire: # ready to send
     "A conversation in the OpenAI form; a message of text alone is sent as one string. Raises MediaError for an image that cannot be used."
-    sent, shown, seen = [], [], []
+    sent, shown, seen, opened = [], [], [], iter(open_parts(_images(messages)))
     for m in messages:
-        parts = [m['content']] if isinstance(m['content'], str) else [_part(p, detail) for p in m['content']]
-        marks = [p if isinstance(p, str) else p[0].get('text') for p in parts]
-        images = [p[1] for p in parts if not isinstance(p, str) and p[1] is not None]
+        parts = [_part(p, opened, detail) for p in _parts(m)]
+        marks = [p[0].get('text') for p in parts]
+        images = [p[1] for p in parts if p[1] is not None]
         sent.append({'role': m['role'], 'content': [p[0] for p in parts] if images else ''.join(marks)})
         shown.append([m['role'], *marks])
         seen += [np.asarray(im) for im in images]
@@ -222,8 +228,8 @@ class OpenAIModel:
         request:Request, # one request
     ) -> Lengths: # an estimate: four characters, or a square of 28 pixels, to the token
         "Roughly how long the prompt is; the server alone knows. Raises MediaError for a file that is no image."
-        parts = [p for m in request.messages for p in ([{'type': 'text', 'text': m['content']}] if isinstance(m['content'], str) else m['content'])]
-        sizes = [image_size(p['image']) for p in parts if p['type'] == 'image']
+        parts = [p for m in request.messages for p in _parts(m)]
+        sizes = [part_size(p) for p in _images(request.messages)]
         return Lengths(-(-sum(len(p['text']) for p in parts if p['type'] == 'text')//4), sum(-(-w//28)*-(-h//28) for w, h in sizes))
 
     def show(
@@ -232,7 +238,7 @@ class OpenAIModel:
     ) -> str: # images by the last parts of their paths
         "The messages that are sent; the server puts them into a template of its own."
         short = [{'role': m['role'], 'content': m['content'] if isinstance(m['content'], str) else [
-            p['text'] if p['type'] == 'text' else f'<image {"/".join(PurePath(p["image"]).parts[-4:])}>' for p in m['content']]} for m in request.messages]
+            p['text'] if p['type'] == 'text' else f'<image {part_name(p, 4)}>' for p in m['content']]} for m in request.messages]
         return json.dumps(short, indent=1, ensure_ascii=False)
 
     def generate(
