@@ -138,8 +138,8 @@ def closing_ids(
     return ids[len(head):], [(a - len(prompt), b - len(prompt)) for a, b in spans[len(head):]]
 
 def _within(spans:Sequence[Span], start:int, stop:int) -> Span:
-    "First and last-plus-one token that stand for characters from `start` to `stop`."
-    inside = [i for i, (a, b) in enumerate(spans) if b > start and a < stop]
+    "First and last-plus-one token that begin between the characters `start` and `stop`."
+    inside = [i for i, (a, b) in enumerate(spans) if start <= a < stop and b > start]
     return inside[0], inside[-1] + 1
 
 # %% ../../nbs/train/render.ipynb #d992b64e
