@@ -205,3 +205,30 @@ def test_show_finds_by_prefix_and_prints_every_stage(folder):
         assert part in text
     with pytest.raises(ValueError, match='4 ids begin with'): find_sample(run, 'count-')
     with pytest.raises(ValueError, match='close ones: count-81209ffd'): find_sample(run, 'count_81209ffd')
+
+
+def test_frames_of_a_video_are_shown_as_the_model_saw_them(tmp_path):
+    import base64
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from vlm_repro.core.video import read_frames
+    folder = example_run(tmp_path/'runs'/'example'/'filmed', film=True)
+    run, data = load_run(folder), data_of(browse(folder).html())
+    sent = [p for p in run.samples[data['rows'][0]['id']]['request']['messages'][-1]['content'] if p['type'] == 'image']
+    views = [data['images'][i] for i, _ in data['rows'][0]['views']]
+    assert [v['path'] for v in views] == [f'Street00/drive.mp4 frame {p["frame"]}' for p in sent] and len({p['frame'] for p in sent}) == 3
+    for view, image in zip(views, read_frames(sent[0]['image'], [p['frame'] for p in sent])):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(view['uri'].split(',')[1]))).convert('RGB')).astype(int)
+        assert shown.shape == np.asarray(image).shape and np.abs(shown - np.asarray(image)).mean() < 6
+    assert f'drive.mp4 frame {sent[1]["frame"]}' in sample_text(run, data['rows'][0]['id'])
+
+
+def test_a_broken_video_is_said_to_be_broken(tmp_path):
+    folder = example_run(tmp_path/'runs'/'example'/'filmed', film=True)
+    (folder.parent/'frames'/'Street01'/'drive.mp4').write_bytes(b'')
+    data = data_of(browse(folder).html())
+    why = {i['path'].split('/')[0]: i['why'] for i in data['images'] if i['uri'] is None}
+    assert set(why) == {'Street01'} and 'is empty' in why['Street01']

@@ -19,7 +19,8 @@ from string import Template
 from typing import Any
 
 from ..core.assets import asset
-from ..core.media import MediaError, resolve
+from ..core.media import MediaError
+from ..core.parts import media_parts, part_name
 from ..core.records import Generation, Request, Sample, Score
 from ..core.runs import RunFolder
 from ..core.text import columns
@@ -51,8 +52,8 @@ def banner(
     style = 'background:#fff5dd;color:#7a5200;border:1px solid #e5c473;border-radius:6px;padding:6px 10px;margin:6px 0;font-weight:600'
     return _el('p', html.escape(watermark), style) if watermark else ''
 
-def _picture(path:str|Path, caption:str, mode:str='compat', width:int=240) -> str:
-    try: body = f'<img src="{thumbnail(path, mode, width)}" alt="{html.escape(caption)}" style="width:100%;display:block;border:1px solid #d9dee5">'
+def _picture(part:Mapping[str, Any], caption:str, width:int=240) -> str:
+    try: body = f'<img src="{thumbnail(part, width)}" alt="{html.escape(caption)}" style="width:100%;display:block;border:1px solid #d9dee5">'
     except MediaError as e: body = _el('div', html.escape(e.why), f'border:1px dashed #b9c2cd;padding:14px 8px;{_SOFT}')
     return _el('figure', body + _el('figcaption', html.escape(caption), _SOFT), f'margin:0;flex:1 1 150px;max-width:{width}px')
 
@@ -69,8 +70,8 @@ def _parts(message:Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [{'type': 'text', 'text': content}] if isinstance(content, str) else content
 
 def _turn(message:Mapping[str, Any], names:Mapping[str, str], width:int) -> str:
-    pictures = [_picture(p['image'], next((n for path, n in names.items() if str(p['image']).endswith(path)), Path(p['image']).name),
-                         p.get('depth_mode', 'compat'), width) for p in _parts(message) if p['type'] == 'image']
+    pictures = [_picture(p, next((n for path, n in names.items() if str(p['image']).endswith(path)), part_name(p, 1)), width)
+                for p in _parts(message) if p['type'] == 'image']
     texts = [_el('pre', html.escape(str(p.get('text', p))), f'{_TEXT};font-size:13px;background:none;padding:0') for p in _parts(message) if p['type'] != 'image']
     role = _el('b', html.escape(message['role']), _SOFT)
     return _el('div', role + (_gallery(pictures) if pictures else '') + ''.join(texts), 'border-left:3px solid #c8d3e0;padding-left:10px;margin:8px 0')
@@ -90,7 +91,7 @@ def prompt_html(
 # %% ../../nbs/report/tables.ipynb #336cde2f
 def _part_text(part:Mapping[str, Any]) -> str:
     if part['type'] != 'image': return str(part.get('text', part))
-    return f'[image {"/".join(Path(part["image"]).parts[-3:])}]'
+    return f'[image {part_name(part)}]'
 
 def _sample_text(sample:Sample, request:Request|None) -> str:
     lines = [sample.id, *(f'  {k}: {v}' for k, v in sample.meta.items() if k != 'text'), *(f'  image: {m.path}' for m in sample.media)]
@@ -106,7 +107,7 @@ def sample_card(
     "One sample with its images, its prompt and its gold answer."
     chips = ' · '.join(str(v) for k, v in sample.meta.items() if k != 'text')
     if request: body = prompt_html(sample, request)
-    elif root: body = _gallery(_picture(resolve(root, m.path), m.name or m.path) for m in sample.media) + _pairs([('question', sample.question)])
+    elif root: body = _gallery(_picture(p, m.name or m.path) for m in sample.media for p in media_parts(m, root)) + _pairs([('question', sample.question)])
     else: body = _pairs([*(('image', m.path) for m in sample.media), ('question', sample.question)])
     head = f'<b><code>{html.escape(sample.id)}</code></b> <span style="{_SOFT}">{html.escape(chips)}</span>'
     return Shown(f'<div style="margin:6px 0">{head}{body}{_pairs([("gold", sample.gold)])}</div>', _sample_text(sample, request))

@@ -14,14 +14,18 @@ import html
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from string import Template
 from typing import Any
 
+from PIL import Image
+
 from ..core.assets import asset
-from ..core.media import MediaError, open_image
+from ..core.media import MediaError
+from ..core.parts import is_frame, open_parts
 from ..core.runs import RunFolder
 from .rundata import Row, RunData, error_label, groups, load_run, scalar
 
@@ -30,16 +34,24 @@ INLINE_KB, INLINE_ROWS = 160, 120
 
 # %% ../../nbs/report/viewer.ipynb #1569ec4e
 def thumbnail(
-    path:str|Path, # an image file
-    depth_mode:str='compat', # how 16-bit depth becomes 8 bits
+    part:Mapping[str, Any], # an image part: `image`, and `frame` or `depth_mode`
     width:int=288, # pixels; larger images are shrunk to it
 ) -> str: # a `data:` URI
-    "A small JPEG copy of an image; raises MediaError if it cannot be opened."
-    im = open_image(path, depth_mode)
+    "A small JPEG copy of a picture; raises MediaError if it cannot be opened."
+    im, = open_parts([part])
+    return _shrunk(im, width)
+
+def _shrunk(im:Image.Image, width:int) -> str:
+    im = im.copy()
     im.thumbnail((width, width*2))
     out = io.BytesIO()
     im.save(out, 'JPEG', quality=72, optimize=True)
     return 'data:image/jpeg;base64,' + base64.b64encode(out.getvalue()).decode('ascii')
+
+def _thumbnails(parts:Sequence[Mapping[str, Any]], width:int=288) -> list[tuple[str|None, str]]:
+    "A copy of each, or why there is none; the frames of one video are read together."
+    try: return [(_shrunk(im, width), '') for im in open_parts(parts)]
+    except MediaError as e: return [(None, e.why)] if len(parts) == 1 else [t for p in parts for t in _thumbnails([p], width)]
 
 # %% ../../nbs/report/viewer.ipynb #20167db4
 @dataclass
@@ -48,29 +60,35 @@ class Gallery:
     budget: int # bytes of data URIs
     root: str = '' # the data root: paths are shown below it
     items: list[dict[str, Any]] = field(default_factory=list)
-    index: dict[tuple[str, str], int] = field(default_factory=dict)
+    index: dict[tuple[str, str, int|None], int] = field(default_factory=dict)
 
     def add(self,
         part:Mapping[str, Any], # an image part of a message
     ) -> int: # its place in `items`
         "Finds or makes the place of a picture; it is embedded later, by `embed`."
-        key = str(part['image']), part.get('depth_mode', 'compat')
+        key = str(part['image']), part.get('depth_mode', 'compat'), part.get('frame')
         if key not in self.index:
             self.index[key] = len(self.items)
-            self.items.append({'path': self._shown(key[0]), 'uri': None, 'why': 'not embedded in this page'})
+            self.items.append({'path': self.shown(part) + (f' frame {key[2]}' if is_frame(part) else ''), 'uri': None, 'why': 'not embedded in this page'})
         return self.index[key]
 
     def embed(self) -> tuple[int, int]: # pictures embedded, pictures in all
         "Fills the places in the order they were made, until the budget is spent."
         left = self.budget
-        for (path, mode), i in self.index.items():
+        for (path, mode), group in groupby(self.index.items(), lambda item: item[0][:2]):
             if left <= 0: break
-            try: self.items[i]['uri'] = thumbnail(path, mode)
-            except MediaError as e: self.items[i]['why'] = e.why
-            left -= len(self.items[i]['uri'] or '')
+            places = {i: {'image': path, 'depth_mode': mode, 'frame': frame} for (_, _, frame), i in group}
+            for i, (uri, why) in zip(places, _thumbnails(list(places.values()))):
+                if left <= 0: break
+                self.items[i].update({'uri': uri} if uri else {'why': why})
+                left -= len(uri or '')
         return sum(i['uri'] is not None for i in self.items), len(self.items)
 
-    def _shown(self, path:str) -> str:
+    def shown(self,
+        part:Mapping[str, Any], # an image part of a message
+    ) -> str: # a POSIX path
+        "The path of its file below the data root, or its name where it lies elsewhere."
+        path = str(part['image'])
         inside = self.root and path.startswith(self.root + '/')
         return path[len(self.root) + 1:] if inside else PurePosixPath(path).name
 
@@ -107,7 +125,7 @@ class _Page:
     def _part(self, part:Mapping[str, Any], names:Mapping[str, str]) -> list[Any]:
         if part['type'] != 'image': return ['text', str(part.get('text', part))]
         i = self.gallery.add(part)
-        return ['image', i, names.get(self.gallery.items[i]['path'], '')]
+        return ['image', i, '' if is_frame(part) else names.get(self.gallery.shown(part), '')]
 
 # %% ../../nbs/report/viewer.ipynb #e7d44d66
 def _tokens(g:Row) -> str:
