@@ -12,6 +12,7 @@ __all__ = ['NORMAL', 'CONTROL', 'USER', 'BYTE', 'TOKEN_FILES', 'IMAGE_TOKENS', '
 # %% ../../nbs/models/convert_text.ipynb #32f4756c
 import ast
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers as hf
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import models as token_models
 
 from .convert_config import NotConvertible, tile_size, tokens_per_tile
@@ -110,11 +111,14 @@ def sentencepiece_tokenizer(
     if len(vocab) < len(pieces.pieces): raise NotConvertible('two pieces of tokenizer.model have one name after the added tokens are named')
     unknown = next((renamed.get(i, p.text) for i, p in enumerate(pieces.pieces) if p.kind == 2), None)
     merges = [m for m in merges_of(pieces) if m[0] + m[1] in vocab and m[0] in vocab and m[1] in vocab]
-    tokenizer = Tokenizer(token_models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=any(p.kind == BYTE for p in pieces.pieces)))
+    users = [p.text for i, p in enumerate(pieces.pieces) if p.kind == USER and i not in renamed]
+    within = bool(users) and pieces.dummy_prefix
+    tokenizer = Tokenizer(token_models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=any(p.kind == BYTE for p in pieces.pieces), ignore_merges=within))
     tokenizer.normalizer = _normalizer(pieces)
     tail = [decoders.Strip(' ', 1, 0)] if pieces.dummy_prefix else []
     tokenizer.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), *tail])
-    tokenizer.add_tokens([AddedToken(p.text, normalized=False) for i, p in enumerate(pieces.pieces) if p.kind == USER and i not in renamed])
+    if within: tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex('|'.join(map(re.escape, users))), 'isolated')
+    else: tokenizer.add_tokens([AddedToken(t, normalized=False) for t in users])
     return tokenizer
 
 # %% ../../nbs/models/convert_text.ipynb #7402d162

@@ -23,6 +23,7 @@ from transformers.utils import logging as hf_logging
 
 from ..core.media import MediaError
 from ..core.records import Generation, Request, failed
+from .convert_config import is_original
 from .inputs import Encoded, Preparer, VisualCounter, collate, encode, image_settings, load_preparer, measure, render, set_budget, tokenizer_of
 from .protocol import Lengths, ModelError, Spec, tiny_checkpoint
 
@@ -66,6 +67,7 @@ def read_config(
     if (folder/'adapter_config.json').is_file() and not (folder/'config.json').is_file():
         raise ModelError(f'{folder} is an adapter: give its base model as the model, and this folder as the option `adapter`')
     if not (folder/'config.json').is_file(): raise ModelError(f'{folder} has no config.json: it is not a checkpoint folder')
+    if is_original(folder) and not code: raise ModelError(f'{folder} is an original InternVL checkpoint, and those need code of their own: `vlm-repro convert {folder} NEW_FOLDER` writes one that needs none')
     try: return hf.AutoConfig.from_pretrained(folder, trust_remote_code=code)
     except (OSError, ValueError, KeyError) as e: raise ModelError(f'{folder}/config.json: {e}') from e
 
