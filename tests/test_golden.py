@@ -9,7 +9,6 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 MMWALK = sorted(p.stem for p in (HERE/'golden'/'mmwalk').glob('*.json') if 'cases' in json.loads(p.read_text('utf-8')))
-LATER = {'sft_labels', 'even_chunks'}
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +26,7 @@ def run(capsys, *argv):
     return status, said.out.splitlines(), said.err
 
 
-@pytest.mark.parametrize('topic', [t for t in MMWALK if t not in LATER])
+@pytest.mark.parametrize('topic', MMWALK)
 def test_topic(topic, capsys):
     status, out, err = run(capsys, HERE/'golden', '--only', f'mmwalk/{topic}')
     assert status == 0, err
@@ -60,7 +59,7 @@ def functions_called(adapter, case, data):
     return called
 
 
-@pytest.mark.parametrize('topic', [t for t in MMWALK if t not in LATER])
+@pytest.mark.parametrize('topic', MMWALK)
 def test_a_topic_fails_when_the_function_behind_it_raises(topic, monkeypatch):
     path = HERE/'golden'/'mmwalk'/f'{topic}.json'
     cases = [c for c in json.loads(path.read_text('utf-8'))['cases'] if not golden.is_crash(c['expected'])]

@@ -1,13 +1,14 @@
 """mmWalk: shape glue between the golden vectors and the package's functions."""
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vlm_repro.core.jsonl import DataError
 from vlm_repro.metrics import judge
-from vlm_repro.mmwalk import annotations, extract, predictions, prompt, score, upstream
+from vlm_repro.mmwalk import annotations, extract, predictions, prompt, score, sft, upstream
 from vlm_repro.models import tiling
 
 
@@ -78,6 +79,28 @@ def summary(given: Any, data: Path) -> dict[str, Any]:
             'printed_overall': overall[1:], 'n_scored': len(made.scored), 'scored': made.scored, 'pred_file_used': made.used}
 
 
+UNITS = re.compile(r'</?img>|<IMG_CONTEXT>|<\|im_start\|>|<\|im_end\|>|\s|\w+|.')
+
+
+def sft_labels(given: Any, data: Path) -> dict[str, Any]:
+    names = ['<unk>', '<s>', '<pad>']
+    def toy(text: str) -> list[int]:
+        units = UNITS.findall(text)
+        names.extend(dict.fromkeys(u for u in units if u not in names))
+        return [1, *map(names.index, units)]
+    human = sft.expand_tags(given['human'], given['tiles_per_image'], given['tokens_per_tile'])
+    made = sft.published_labels(toy, *sft.published_text('SYS', human, given['gpt']), given['max_length'], 2, fill=not given['group_by_length'])
+    on = [i for i, label in enumerate(made.labels) if label != sft.IGNORED]
+    spans = [[i, next(j for j in range(i, len(made.labels) + 1) if j not in on)] for i in on if i - 1 not in on]
+    units = [names[i] for i in made.input_ids]
+    return {'length': len(units), 'n_image_tokens': units.count('<IMG_CONTEXT>'), 'n_image_end': units.count('</img>'), 'labelled_spans': spans,
+            'labelled_tokens': [[names[i] for i in made.labels[a:b]] for a, b in spans], 'attention_ones': sum(made.attention_mask), 'warned_mismatch': made.mismatch}
+
+
+def even_chunks(given: Any, data: Path) -> list[list[int]]:
+    return sft.even_chunks(given['indices'], given['lengths'], given['num_chunks'])
+
+
 ADAPTERS: dict[str, Callable[[Any, Path], Any]] = {
     'extract_synthetic': extract_synthetic,
     'extract_real': extract_real,
@@ -88,4 +111,6 @@ ADAPTERS: dict[str, Callable[[Any, Path], Any]] = {
     'judge_reply': judge_reply,
     'judge_request': judge_request,
     'summary': summary,
+    'sft_labels': sft_labels,
+    'even_chunks': even_chunks,
 }
