@@ -62,7 +62,7 @@ class Reading:
     why: str # which rule decided
 
 # %% ../../nbs/roadbuddy/extract.ipynb #145ea314
-_NONE, _MARKS = 'names no choice that was offered', r'[\s*_`"\'“”(\[{]*'
+_NONE, _MARKS = 'names no choice that was offered', r'[\s*_`"\'“”(\[{]{0,8}'
 _FILL = (r'(?:\s+(?:đúng|chính xác|cuối cùng|của tôi|của bạn|phù hợp|nhất|đó|là|sẽ|nên|phương án|lựa chọn|câu|chữ|is|are|be|must|should|would|the|correct|right|final|option|choice|letter))*'
          r'\s*[:：=]*\s*(?:là|is)?(?![^\W\d_])')
 _LEAD = r'(?<![^\W\d_])(?:đáp án|câu trả lời|trả lời|(?<!lựa )chọn|answer|choose|select)' + _FILL
@@ -72,11 +72,11 @@ _BOXED = re.compile(r'\\boxed\s*\{\s*(?:\\text\s*\{)?\s*(?P<letter>[A-Za-z])' + 
 _AFFIRMED = re.compile(r'(?<![^\W_])(?P<letter>[A-Z])[)\]*.]*\s+(?:là (?:đáp án|đúng|phương án|câu trả lời|lựa chọn)|is (?:correct|right|the answer|the correct)|đúng)' + _REST)
 _OPTION = re.compile(r'(?:lựa chọn|phương án|option|choice)' + _FILL + _MARKS + r'(?P<letter>[a-z])' + _REST, re.IGNORECASE)
 _LINE = re.compile(rf'^{_MARKS}(?P<letter>[A-Za-z])[\s*_`"\'“”)\]}}.:,;]*$', re.MULTILINE)
-_HEAD = re.compile(r'(?:^|(?<=[\s,;/(\[]))[*_`(\[]*(?P<letter>[A-Za-z])(?:[)\]:]|\.(?!\w))', re.MULTILINE)
+_HEAD = re.compile(r'(?:^|(?<=[\s,;/(\[]))[*_`(\[]{0,4}(?P<letter>[A-Za-z])(?:[)\]:]|\.(?!\w))', re.MULTILINE)
 _ALONE = re.compile(r'(?<![^\W_])(?P<letter>[A-Z])' + _REST)
 _DENIED = re.compile(r'(?:không phải|không thể là|không|loại|sai|trừ|not|isn.t|except|nor)\s+(?:là\s+|the\s+)?(?:đáp án\s+|phương án\s+|option\s+|answer\s+)?[(\[*]*(?P<letter>[A-Z])(?![^\W_])', re.IGNORECASE)
 _NAMED = re.compile(r'(?:xe|làn|hướng|đường|điểm|hình|nhóm|hạng|bằng|vitamin|car|lane|route|road|point|class|figure|vehicle)\s+(?P<letter>[A-Z])(?![^\W_])', re.IGNORECASE)
-_ARTICLE = re.compile(r'\s+(?!(?:vì|bởi|do|là|hoặc|hay|và|đúng|nên|because|as|since|is|or|and|but)\b)[^\W\d_]', re.IGNORECASE)
+_ARTICLE = re.compile(r'\s+(?!(?:vì|bởi|do|là|hoặc|hay|và|đúng|nên|because|as|since|is|or|and|but)\b)[a-z]+(?![^\W_])', re.IGNORECASE)
 _WRONG = re.compile(r'[)\].*]*\s+(?:is|are|là|thì)?\s*(?:wrong|incorrect|not|sai|không đúng)\b', re.IGNORECASE)
 _AND = re.compile(r'[)\].*]*\s*(?:,|/|;|và|hoặc|hay|or|and|&)\s*(?:đáp án\s+|phương án\s+)?[(\[*]*(?P<letter>[A-Z])(?![^\W_])', re.IGNORECASE)
 _NOISE = re.compile(r'<[^<>]{1,20}>|\bn/a\b', re.IGNORECASE)
@@ -128,12 +128,16 @@ def _decide(text:str, letters:set[str], choices:Sequence[str], why:str) -> Readi
     if len(offered) > 1: return Reading(None, 'ambiguous', f'{said.pop()} stands for {len(offered)} choices')
     return Reading(offered.pop(), 'ok', why) if offered else Reading(None, 'none', _NONE)
 
+def _tidy(text:str) -> str:
+    "Composed, without tags, blanks collapsed: long runs of blanks would make the patterns slow."
+    return re.sub(r' ?\n\s*', '\n', re.sub(r'[^\S\n]+', ' ', _NOISE.sub(' ', nfc(text)))).strip()
+
 def read_reply(
     text:str, # what a model wrote
     choices:Sequence[str], # the choices that were offered, whole
 ) -> Reading: # nothing is guessed
     "The choice that a reply means (source: ours)."
-    text, choices = _NOISE.sub(' ', nfc(text)).strip(), tuple(map(nfc, choices))
+    text, choices = _tidy(text), tuple(map(nfc, choices))
     if stated := _last(text): return _decide(text, stated, choices, 'a statement')
     if quoted := _quoted(text, choices): return Reading(quoted.pop(), 'ok', 'the text of a choice') if len(quoted) == 1 else Reading(None, 'ambiguous', f'the text of {len(quoted)} choices')
     if lines := {m['letter'].upper() for m in _LINE.finditer(text)}: return _decide(text, lines, choices, 'a letter on its own line')
