@@ -1,4 +1,5 @@
 """Packed equals unpacked, in loss and in every gradient; the loss does not know how the batch was cut; the head sees supervised positions only."""
+import pickle
 import weakref
 from collections import Counter
 from contextlib import contextmanager
@@ -91,6 +92,23 @@ def test_packed_is_unpacked_in_loss_and_gradients(family, attention):
     packed_loss, packed_grads = step(model, [packed], items(rendered))
     assert abs(packed_loss - loss) < 1e-5 and gap(grads, packed_grads) < 1e-5
     assert any("vis" in name and g.abs().max() > 0 for name, g in packed_grads.items()), "the images take part"
+
+
+def test_activations_may_be_computed_again(family):
+    model, processor, rendered = family
+    packed = Collator(processor, model.config, packing=True)(rendered)
+    loss, grads = step(model, [packed], items(rendered))
+    model.gradient_checkpointing_enable()
+    try: again_loss, again_grads = step(model, [packed], items(rendered))
+    finally: model.gradient_checkpointing_disable()
+    assert abs(again_loss - loss) < 1e-5 and gap(grads, again_grads) < 1e-5
+
+
+def test_a_collator_can_be_sent_to_another_process(family):
+    model, processor, rendered = family
+    collate = Collator(processor, model.config, packing=True, dummy_image=True)
+    there = pickle.loads(pickle.dumps(collate))(rendered)
+    assert all(torch.equal(v, there[k]) for k, v in collate(rendered).items())
 
 
 def test_the_padded_form_gives_the_same(family):

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from vlm_repro.train.packing import deal, length_groups, pack, pack_epoch, padding_share
+from vlm_repro.train.packing import length_groups, pack, pack_epoch, padding_share
 
 RNG = np.random.default_rng(3)
 SETS = {"skewed": np.minimum(np.exp(RNG.normal(5.2, .8, 1500)).astype(int) + 20, 2048).tolist(), "equal": [700] * 40, "two kinds": [100] * 300 + [1900] * 30,
@@ -73,12 +73,3 @@ def test_groups_keep_to_both_limits_and_a_long_example_stands_alone():
     assert flat(plan) == list(range(401))
     assert all(len(b) <= 6 and len(b) * max(lengths[i] for i in b) <= 3000 for b in plan if 400 not in b) and (400,) in plan
     with pytest.raises(ValueError, match="batch_size or max_tokens"): length_groups(lengths, 0, 0)
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_every_process_gets_as_many_rows_and_none_is_lost(world):
-    plan = pack_epoch(SETS["skewed"], 2048, 0, 0)
-    hands = [deal(plan, r, world) for r in range(world)]
-    assert len({len(h) for h in hands}) == 1 and {row for h in hands for row in h} == set(plan)
-    assert sum(map(len, hands)) - len(plan) < world
-    assert deal([], 0, 2) == [] and [deal([(0,)], r, 3) for r in range(3)] == [[(0,)]] * 3
