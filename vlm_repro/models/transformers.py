@@ -291,6 +291,12 @@ def _describe(net:torch.nn.Module, preparer:Preparer, folder:Path, **more:Any) -
     return {**out, 'processor': type(preparer).__name__, 'image_processor': image_settings(preparer.image_processor)}
 
 # %% ../../nbs/models/transformers.ipynb #b09e6092
+def _limit_tiles(preparer:Preparer, max_tiles:int) -> None:
+    processor = getattr(preparer, 'image_processor', None)
+    if not getattr(processor, 'max_patches', None): raise ModelError(f'max_tiles={max_tiles}: {type(processor).__name__} does not cut images into tiles; leave it unset')
+    if max_tiles < processor.min_patches: raise ModelError(f'max_tiles={max_tiles} is less than the {processor.min_patches} tiles that the processor makes of any image')
+    processor.max_patches = max_tiles
+
 def load_transformers(
     spec:Spec, # from `parse_spec`
     adapter:str|None=None, # folder or hub id of a PEFT adapter
@@ -299,6 +305,7 @@ def load_transformers(
     attention:str='auto', # `eager`, `sdpa`, `flash_attention_2`, ...
     min_pixels:int|None=None, # least pixels an image; see `pixel_budget`
     max_pixels:int|None=None, # most pixels an image
+    max_tiles:int|None=None, # most tiles an image, the thumbnail apart, where a processor cuts images into tiles
     max_model_len:int|None=None, # prompt and answer together, tokens; the checkpoint's own limit
     revision:str|None=None, # of a hub id
     trust_remote_code:bool=False, # run Python code that comes with the checkpoint
@@ -313,6 +320,7 @@ def load_transformers(
     require_files(folder, eyes)
     preparer = load_preparer(folder, eyes, image_backend, trust_remote_code)
     changed = set_budget(preparer.image_processor, min_pixels, max_pixels) if eyes else {}
+    if max_tiles: _limit_tiles(preparer, max_tiles)
     net = load_net(folder, eyes, dtype, device, attention, trust_remote_code)
     for k in set(changed) & set(vars(net.config)): setattr(net.config, k, changed[k])
     own = net.generation_config
