@@ -1,7 +1,6 @@
 """Road Buddy's prompts: language, form, words, frames, and the likelihood of choices as an alternative to reading."""
 import json
 import unicodedata
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +14,14 @@ from vlm_repro.models.choices import by_likelihood, choice_ids
 from vlm_repro.models.families import random_checkpoint
 from vlm_repro.models.inputs import encode, tokenizer_of
 from vlm_repro.models.protocol import ModelError, load_model
+from vlm_repro.roadbuddy.frames import FramePlan, blank_plan, plan_frames
 from vlm_repro.roadbuddy.prompt import FAMILIES, TEXTS, PromptSettings, detect_language, family_of, flat_text, question_text, read_texts, render
 
 torch.set_num_threads(1)
 ASKED = ['Biển báo này là gì?', 'Xe đi đâu?', 'Có được rẽ không?', 'Đúng hay sai']
+
+
+def shown(*indices): return FramePlan(indices, None, tuple(i/30 for i in indices))
 
 
 @pytest.mark.parametrize('asked', ASKED)
@@ -54,25 +57,38 @@ def test_letters_that_the_instruction_names():
 
 
 def test_render_puts_each_frame_on_its_line():
-    request = render(question(0, FOUR), '/data', PromptSettings(), SimpleNamespace(indices=(3, 9, 15)))
+    request = render(question(0, FOUR), '/data', PromptSettings(), shown(3, 9, 15))
     images = [p for p in request.messages[0]['content'] if p['type'] == 'image']
     assert [p['frame'] for p in images] == [3, 9, 15] and {p['image'] for p in images} == {'/data/' + question(0).media[0].path}
     assert flat_text(request) == 'Frame1: <image>\nFrame2: <image>\nFrame3: <image>\n' + question_text(question(0, FOUR), 3) and request.provenance == 'paraphrase'
 
 
 def test_one_frame_none_and_a_system_turn():
-    one = render(question(0), '/data', PromptSettings(system='Be brief.'), SimpleNamespace(indices=[4]))
+    one = render(question(0), '/data', PromptSettings(system='Be brief.'), shown(4))
     assert [m['role'] for m in one.messages] == ['system', 'user'] and TEXTS['single_vi'].split('{')[0] in flat_text(one)
     assert flat_text(render(question(0), '/data')) == question_text(question(0), 0)
     leaves = question(0).__class__('x', (MediaRef('../x.mp4', 'video'),), 'q', '', question(0).meta)
     with pytest.raises(MediaError): render(leaves, '/data')
 
 
+def test_an_empty_picture_is_one_frame():
+    request = render(question(0), '/data', PromptSettings(), blank_plan())
+    images = [p for p in request.messages[0]['content'] if p['type'] == 'image']
+    assert len(images) == 1 and 'frame' not in images[0] and TEXTS['single_vi'].split('{')[0] in flat_text(request)
+
+
+def test_plans_with_and_without_marks_differ():
+    marked, even = (plan_frames(240, 30., [2.], mode=mode) for mode in ('support', 'uniform'))
+    assert len(marked.indices) == 4 and len(even.indices) == 5 and all(45 <= i <= 75 for i in marked.indices) and max(even.indices) > 150
+    images = [[p['frame'] for p in render(question(0), '/data', PromptSettings(), plan).messages[0]['content'] if p['type'] == 'image'] for plan in (marked, even)]
+    assert images == [list(marked.indices), list(even.indices)]
+
+
 def test_texts_of_the_readers_own(tmp_path):
     path = tmp_path/'mine.json'
     path.write_text(json.dumps({'multi_vi': '{n}|{question}|{choices}'}))
     own = PromptSettings(texts=str(path))
-    request = render(question(0, TWO), '/data', own, SimpleNamespace(indices=(1, 2)))
+    request = render(question(0, TWO), '/data', own, shown(1, 2))
     assert request.provenance == 'verbatim' and flat_text(request).endswith(f'2|{question(0).question}|A. Đúng\nB. Sai')
     with pytest.raises(DataError, match='no text for multi_en'): question_text(question(0), 2, PromptSettings(language='en', texts=str(path)))
 

@@ -113,31 +113,29 @@ def question_text(
 # %% ../../nbs/roadbuddy/prompt.ipynb #799897f3
 class Frames(Protocol):
     "The part of a frame plan that a prompt needs."
-    @property
-    def indices(self) -> Sequence[int]: ...
+    def parts(self, video:Path|str) -> list[dict[str, Any]]: ...
 
 def _text(text:str) -> dict[str, Any]: return {'type': 'text', 'text': text}
 
 def turn_content(
-    video:Path|str, # absolute path of the clip
-    indices:Sequence[int], # positions of its frames, in the order shown
+    images:Sequence[Mapping[str, Any]], # image parts, in the order shown
     text:str, # the question in its form
 ) -> list[dict[str, Any]]: # content parts
     "`Frame1: ` and a frame, `Frame2: ` and a frame, ..., then the question (source: spec section 2)."
     parts: list[dict[str, Any]] = []
-    for i, frame in enumerate(indices, 1): parts += [_text('\n'*(i > 1) + f'Frame{i}: '), {'type': 'image', 'image': str(video), 'frame': int(frame)}]
+    for i, image in enumerate(images, 1): parts += [_text('\n'*(i > 1) + f'Frame{i}: '), dict(image)]
     return [*parts, _text('\n'*bool(parts) + text)]
 
 def render(
     sample:Sample, # the question to ask
     root:Path|str, # the folder that its clip hangs off: `Dataset.frames`
     settings:PromptSettings=PromptSettings(), # form and words
-    frames:Frames|None=None, # which frames are shown; None for a question without its clip
+    frames:Frames|None=None, # which frames are shown: a `FramePlan`; None for a question without its clip
 ) -> Request:
     "The messages for one sample; raises MediaError for a path that leaves the folder, DataError if the reader's file lacks the form."
-    indices = tuple(frames.indices) if frames is not None else ()
-    text = question_text(sample, len(indices), settings)
-    user = {'role': 'user', 'content': turn_content(resolve(root, sample.media[0].path), indices, text)}
+    video = resolve(root, sample.media[0].path)
+    images = frames.parts(video) if frames is not None else []
+    user = {'role': 'user', 'content': turn_content(images, question_text(sample, len(images), settings))}
     system = [{'role': 'system', 'content': [_text(settings.system)]}] if settings.system else []
     return Request(sample.id, [*system, user], 'verbatim' if settings.texts else 'paraphrase')
 
