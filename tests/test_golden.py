@@ -8,7 +8,7 @@ import golden
 import pytest
 
 HERE = Path(__file__).resolve().parent
-MMWALK = sorted(p.stem for p in (HERE/'golden'/'mmwalk').glob('*.json') if 'cases' in json.loads(p.read_text('utf-8')))
+TOPICS = sorted(f'{p.parent.name}/{p.stem}' for p in (HERE/'golden').glob('*/*.json') if 'cases' in json.loads(p.read_text('utf-8')))
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +16,9 @@ def beside_the_runner(monkeypatch):
     monkeypatch.syspath_prepend(str(HERE))
 
 
-def adapters():
-    return importlib.import_module('golden_adapters.mmwalk').ADAPTERS
+def adapter_of(topic):
+    paper, name = topic.split('/')
+    return importlib.import_module(f'golden_adapters.{paper}').ADAPTERS[name]
 
 
 def run(capsys, *argv):
@@ -26,11 +27,11 @@ def run(capsys, *argv):
     return status, said.out.splitlines(), said.err
 
 
-@pytest.mark.parametrize('topic', MMWALK)
+@pytest.mark.parametrize('topic', TOPICS)
 def test_topic(topic, capsys):
-    status, out, err = run(capsys, HERE/'golden', '--only', f'mmwalk/{topic}')
+    status, out, err = run(capsys, HERE/'golden', '--only', topic)
     assert status == 0, err
-    passed, total = out[0].removeprefix(f'mmwalk/{topic}: ').split('/')
+    passed, total = out[0].removeprefix(f'{topic}: ').split('/')
     assert passed == total and out[1] == f'{passed} passed, 0 failed'
 
 
@@ -59,20 +60,20 @@ def functions_called(adapter, case, data):
     return called
 
 
-@pytest.mark.parametrize('topic', MMWALK)
+@pytest.mark.parametrize('topic', TOPICS)
 def test_a_topic_fails_when_the_function_behind_it_raises(topic, monkeypatch):
-    path = HERE/'golden'/'mmwalk'/f'{topic}.json'
+    path, adapter = HERE/'golden'/f'{topic}.json', adapter_of(topic)
     cases = [c for c in json.loads(path.read_text('utf-8'))['cases'] if not golden.is_crash(c['expected'])]
-    called = functions_called(adapters()[topic], cases[0], golden.DATA)
+    called = functions_called(adapter, cases[0], golden.DATA)
     assert called, f'the adapter of {topic} calls no function of the package'
 
     def broken(*args, **kwargs): raise RuntimeError('patched')
     for module, name in called:
         if hasattr(sys.modules[module], name):
             with monkeypatch.context() as patch:
-                for held in (sys.modules[module], sys.modules['golden_adapters.mmwalk']):
+                for held in (sys.modules[module], sys.modules[adapter.__module__]):
                     if hasattr(held, name): patch.setattr(held, name, broken)
-                assert golden.run_case(adapters()[topic], cases[0], golden.DATA), f'{topic} passes without {module}.{name}'
+                assert golden.run_case(adapter, cases[0], golden.DATA), f'{topic} passes without {module}.{name}'
 
 
 def test_a_topic_without_adapter_fails(capsys, tmp_path):

@@ -1,11 +1,11 @@
 """Road Buddy: shape glue between the golden vectors and the package's functions."""
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from golden_adapters.roadbuddy_frames import ADAPTERS as FRAMES
 from vlm_repro.core.records import Sample
 from vlm_repro.roadbuddy import extract, prompt, score, splits, submission
 
@@ -42,8 +42,12 @@ def submission_csv(given: Any, data: Path) -> str:
     return submission.submission_csv(given['ids'], given['answers'])
 
 
-ADAPTERS: dict[str, Callable[[Any, Path], Any]] = {'answer_parse': answer_parse, 'gold_label': gold_label, 'prompt_choice': prompt_choice, 'split': split, 'metrics': metrics,
-                                                     'submission_csv': submission_csv}
-if importlib.util.find_spec('golden_adapters.roadbuddy_frames'):
-    from golden_adapters.roadbuddy_frames import ADAPTERS as FRAMES
-    ADAPTERS |= FRAMES
+ADAPTERS: dict[str, Callable[[Any, Path], Any]] = {
+    'answer_parse': answer_parse,
+    'gold_label': gold_label,
+    'prompt_choice': prompt_choice,
+    'split': split,
+    'metrics': metrics,
+    'submission_csv': submission_csv,
+    **FRAMES,
+}
