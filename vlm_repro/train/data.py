@@ -91,7 +91,7 @@ def measure_source(
 ) -> Measured:
     "The length of every example; what cannot be used is set aside with the reason."
     counter = (lambda sizes: (0, 0)) if tokenizer_of(preparer) is preparer else VisualCounter(preparer)
-    bar = tqdm(examples, f'measuring {source.task} {source.split}', disable=not progress, leave=False, mininterval=1)
+    bar = tqdm(examples, f'measuring {source.task} {source.split}', disable=not progress, leave=False, mininterval=1, delay=5)
     found = [_length(preparer, example, counter, recipe) for example in bar]
     lengths, dropped = {i: x for i, x in enumerate(found) if isinstance(x, Lengths)}, tuple(x for x in found if isinstance(x, Lost))
     if not lengths: raise DataError(f'{source.task} {source.split}: none of its {len(examples)} examples can be used. {dropped[0].id}: {dropped[0].why}')

@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/train/setup.html.md"""
 
 # %% auto #0
 __all__ = ['name_accelerator', 'base_folder', 'load_processor', 'weights_dtype', 'load_trainable', 'part_rates', 'deepspeed_file',
-           'training_arguments']
+           'splits_weights', 'training_arguments']
 
 # %% ../../nbs/train/setup.ipynb #2de0d5ea
 import os
@@ -112,6 +112,13 @@ def deepspeed_file(
     common = {'fp16': fp16, 'bf16': {'enabled': 'auto'}, 'train_micro_batch_size_per_gpu': 'auto', 'train_batch_size': 'auto', 'gradient_accumulation_steps': 'auto',
               'gradient_clipping': 'auto', 'zero_allow_untested_optimizer': True, 'zero_force_ds_cpu_optimizer': False, 'zero_optimization': zero}
     return _over(common, recipe.deepspeed.config)
+
+# %% ../../nbs/train/setup.ipynb #184e0185
+def splits_weights(
+    recipe:Recipe, # any
+) -> bool: # ZeRO-3
+    "Whether no process holds the whole model."
+    return bool(recipe.deepspeed and recipe.deepspeed.stage == 3)
 
 # %% ../../nbs/train/setup.ipynb #2550036b
 def _checkpointing(on:bool) -> dict[str, Any]:

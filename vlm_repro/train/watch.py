@@ -74,7 +74,7 @@ class Log:
         lost:int, # examples that were skipped
     ) -> None:
         "Takes note of a step."
-        self.items, self.tokens, self.lost = self.items + items, self.tokens + tokens, self.lost + lost
+        self.items, self.tokens, self.lost, self.computed = self.items + items, self.tokens + tokens, self.lost + lost, self.computed + tokens
 
     def rates(self,
         done:int, # steps made
@@ -90,11 +90,12 @@ class Log:
     def add(self,
         row:Mapping[str, Any], # JSON-able
     ) -> None:
-        "Writes and shows a line."
+        "Writes and shows a line with a loss; others are no step's."
+        if 'loss' not in row and 'eval_loss' not in row: return
         row = {**row, 'steps': self.steps}
         if self.written:
             with open(self.path, 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
-        if self.shown and ('loss' in row or 'eval_loss' in row): print(line(row), flush=True)
+        if self.shown: print(line(row), flush=True)
 
 def read_log(
     path:Path, # `log.jsonl`
