@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from .cli_data import data_app
+from .cli_models import models_app
 from .cli_run import join_pairs
 from .core.text import columns
 
@@ -22,6 +23,7 @@ from .core.text import columns
 app = typer.Typer(name='vlm-repro', no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 110})
 app.add_typer(data_app, name='data')
+app.add_typer(models_app)
 
 def _version(wanted:bool) -> None:
     if not wanted: return
