@@ -20,7 +20,6 @@ from ..core.records import Answer, Generation, Request, Sample, Score, from_row
 from ..core.runs import RunFolder
 from ..core.tasks import Dataset, Task, one_of
 from ..core.video import video_info
-from ..mmwalk.world import cache_dir
 from ..report.published import Cells, Eligibility, Published, load_published
 from .annotations import letter_of, support_of
 from .data import SPLITS, choose, load
@@ -131,28 +130,13 @@ def plan_of(
         except MediaError: return FramePlan((0,), None, (0.,), tuple(marks))
         return plan_frames(info.frames, info.fps, marks, *limits)
 
-def _empty_picture() -> Path:
-    "A picture that is zero after InternVL's normalisation, the published stand-in for a clip."
-    from PIL import Image
-    path = cache_dir()/'empty_448.png'
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (448, 448), (124, 116, 104)).save(path)
-    return path
-
-def _blank(request:Request) -> Request:
-    def part(p:Mapping[str, Any]) -> dict[str, Any]: return {'type': 'image', 'image': str(_empty_picture())} if p['type'] == 'image' else dict(p)
-    last = request.messages[-1]
-    return replace(request, messages=[*request.messages[:-1], {**last, 'content': [part(p) for p in last['content']]}])
-
 def ask_about(
     sample:Sample, # a question
     root:str|Path, # the folder that its clip hangs off
     settings:RoadBuddySettings, # frames and words
 ) -> Request:
     "The messages of one question on the frames of its plan."
-    plan, words = plan_of(sample, root, settings), prompt_settings(settings)
-    return _blank(render(sample, root, words, replace(plan, indices=(0,)))) if plan.blank else render(sample, root, words, plan)
+    return render(sample, root, prompt_settings(settings), plan_of(sample, root, settings))
 
 def render_questions(
     data:Dataset, # the chosen questions
