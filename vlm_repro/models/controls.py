@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.records import Request
-from ..core.video import part_size
+from ..core.parts import part_size
 
 # %% ../../nbs/models/controls.ipynb #e15b085c
 GREY = (128, 128, 128) # of every pixel of a blank image
