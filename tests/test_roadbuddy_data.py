@@ -7,7 +7,9 @@ from collections import Counter
 import pytest
 from PIL import Image
 from roadbuddy_files import FOUR, TWO, item, make_root, question, test_item
+from typer.testing import CliRunner
 
+from vlm_repro.cli_data import data_app
 from vlm_repro.core.download import DownloadError
 from vlm_repro.core.jsonl import DataError
 from vlm_repro.core.video import write_clip
@@ -245,3 +247,12 @@ def test_the_plan_fetches_nothing(tmp_path):
     told = []
     with pytest.raises(DownloadError, match='not fetched by this program'): get('questions', tmp_path, accept_licence=True, show=told.append)
     assert 'forbid' in told[0] and json.dumps(told)
+
+
+def test_the_commands_check_plan_and_refuse_to_fetch(tmp_path):
+    root = str(make_root(tmp_path, [item(1), item(2, answer='C. Khác')]))
+    checked, planned, got, drawn = (CliRunner().invoke(data_app, [name, 'roadbuddy', '--root', root]) for name in ('check', 'plan', 'get', 'frames'))
+    assert checked.exit_code == 1 and 'NOT PASSED' in checked.output and 'answer_not_offered' in checked.output
+    assert planned.exit_code == 0 and 'train/train.json' in planned.output and 'differs' in planned.output
+    assert isinstance(got.exception, DownloadError) and 'forbid' in got.output
+    assert isinstance(drawn.exception, ValueError) and 'no such command for roadbuddy' in str(drawn.exception)

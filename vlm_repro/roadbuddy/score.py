@@ -160,7 +160,7 @@ def floors(
                    Floor('longest', 100*fmean(nfc(_longest(s)) == nfc(s.gold) for s in known), 'the longest choice')])
 
 # %% ../../nbs/roadbuddy/score.ipynb #6e75a9a6
-CLUSTERS: Mapping[str, Callable[[Sample], str]] = {'source': lambda s: s.meta['source'], 'clip': lambda s: s.meta['clip']}
+CLUSTERS: Mapping[str, Callable[[Sample], str]] = {'clip': lambda s: s.meta['clip'], 'source': lambda s: s.meta['source']}
 
 def row_name(
     model:str, # a model string
