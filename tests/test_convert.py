@@ -256,7 +256,7 @@ def test_a_torn_shard_is_written_again_and_the_rest_left(tmp_path: Path) -> None
 
 
 def test_a_full_disk_leaves_no_half_and_is_refused_beforehand_where_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    "The error of the write is passed on; a shard that cannot fit is said before the first."
+    "The error says what to do; a shard that cannot fit is said before the first."
     source, out = random_original('qwen2', tmp_path/'original'), tmp_path/'native'
 
     def full(tensors: Any, path: Path, metadata: Any) -> None:
@@ -264,7 +264,7 @@ def test_a_full_disk_leaves_no_half_and_is_refused_beforehand_where_it_shows(tmp
         raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
         m.setattr(convert_shards, 'save_file', full)
-        with pytest.raises(OSError, match='No space left'): convert(source, out)
+        with pytest.raises(NotConvertible, match='No space left.*make room'): convert(source, out)
     assert not list(out.glob('*safetensors*')) and not list(out.glob('.*.part')) and not (out/'config.json').exists()
     with monkeypatch.context() as m:
         m.setattr(convert_shards.shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**6, 10**6, 10))

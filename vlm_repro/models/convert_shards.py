@@ -194,7 +194,7 @@ def write_shard(
     shard:Shard,
     out:Path, # the destination
 ) -> None:
-    "Convert the weights of one shard; its file appears when it is whole."
+    "Convert the weights of one shard; its file appears when it is whole. Raises NotConvertible if it cannot be written."
     half = out/f'.{shard.name}.part'
     tensors = {}
     with safe_open(plan.source/shard.file, 'pt') as f:
@@ -203,6 +203,7 @@ def write_shard(
         save_file(tensors, half, metadata={'format': 'pt'})
         with half.open('rb') as f: os.fsync(f.fileno())
         os.replace(half, out/shard.name)
+    except (OSError, SafetensorError) as e: raise NotConvertible(f'{out/shard.name} could not be written ({e}); the files before it are whole: make room, and convert again') from e
     finally: half.unlink(missing_ok=True)
 
 # %% ../../nbs/models/convert_shards.ipynb #59a3ae75
