@@ -235,7 +235,7 @@ def frame_times(
     return (v.pts - v.pts[0])*float(v.tick)
 
 # %% ../../nbs/core/video.ipynb #edf7151f
-SEEK_COST = 8.
+SEEK_COST = 16.
 _COSTS = {'auto': SEEK_COST, 'seek': 0., 'linear': float('inf')}
 HOWS = (*_COSTS, 'decord')
 
