@@ -104,7 +104,7 @@ def test_the_table_is_the_arithmetic_it_claims():
     assert invalid.value == pytest.approx(100*sum(v[1] for v in good)/len(good)) and invalid.value > 0
     (published,) = cells.where(metric='invalid', cluster='clip', variant='as_published')
     assert published.value == 0
-    assert {c.column for c in cells} == {'overall', 'A', 'B', '2 choices', '4 choices'}
+    assert {c.column for c in cells} == {'overall', 'invalid', 'A', 'B', '2 choices', '4 choices'}
     assert sum(c.n for c in cells.where(metric='accuracy', cluster='clip', variant='corrected') if c.column in 'AB') == len(good)
 
 
@@ -150,7 +150,7 @@ def test_expected_figures_are_never_values():
     table = load_published('roadbuddy')
     assert [p.value for p in table if p.value is not None] == [48.89] and all('never measured' in p.source for p in table if p.value is None) and len(table) == 5
     samples, _, _, scores = scored([(question(0), 'A')])
-    cells = table_cells(samples, scores, row_name('InternVL3-8B')).where(metric='accuracy', cluster='source', variant='as_published')
+    cells = table_cells(samples, scores, row_name('InternVL3-8B')).where(cluster='source', variant='as_published', unit='0-100')
     judged = verdicts(cells, table, Eligibility('paper', 'val, by sample, seed 42', 'InternVL3-8B', '', 'verbatim'))
     assert judged[0].published is not None and judged[0].status == 'no published value'
 

@@ -201,5 +201,5 @@ def table_cells(
         for found in by_variant.values():
             scored, place = [(s, found[s.id]) for s in members if s.id in found], (TABLES[members[0].meta['split']], row, column)
             out += [_cell(place, METRIC, 0, scored, cluster, n_resamples, seed) for cluster in CLUSTERS if scored]
-            if column == 'overall' and scored: out += [_cell(place, 'invalid', 1, scored, cluster, n_resamples, seed) for cluster in CLUSTERS]
+            if column == 'overall' and scored: out += [_cell((*place[:2], 'invalid'), 'invalid', 1, scored, cluster, n_resamples, seed) for cluster in CLUSTERS]
     return out
