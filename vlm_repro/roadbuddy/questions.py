@@ -47,6 +47,7 @@ class Question:
     choices: tuple[str, ...]  # with letters, "A. Đèn đỏ"
     gold: int  # index of the right choice
     support: tuple[float, ...]  # seconds from the start at which the answer shows
+    shows: str = ""  # what must be seen for it, as "light:red"; "" where nothing in particular
 
     @property
     def answer(self) -> str:
@@ -96,7 +97,7 @@ def ask_light(clip: Clip, rng: np.random.Generator) -> Question:
     "What colour is the light?"
     when, second = _light_moment(clip, rng)
     right = clip.light.at(second) if clip.light else "none"
-    return Question("light", f"Đèn tín hiệu {when} video có màu gì?", *one_of_four(rng, LIGHT_WORDS[right], [w for k, w in LIGHT_WORDS.items() if k != right]), (second,))
+    return Question("light", f"Đèn tín hiệu {when} video có màu gì?", *one_of_four(rng, LIGHT_WORDS[right], [w for k, w in LIGHT_WORDS.items() if k != right]), (second,), f"light:{right}" if clip.light else "")
 
 
 def ask_light_is(clip: Clip, rng: np.random.Generator) -> Question | None:
@@ -106,7 +107,7 @@ def ask_light_is(clip: Clip, rng: np.random.Generator) -> Question | None:
     when, second = _light_moment(clip, rng)
     right = clip.light.at(second)
     said = right if rng.random() < 0.5 else str(rng.choice([c for c in LIGHTS if c != right]))
-    return Question("light_is", f'Đèn tín hiệu {when} video là "{LIGHT_WORDS[said]}", đúng hay sai?', *one_of_two(TRUE_FALSE, said == right), (second,))
+    return Question("light_is", f'Đèn tín hiệu {when} video là "{LIGHT_WORDS[said]}", đúng hay sai?', *one_of_two(TRUE_FALSE, said == right), (second,), f"light:{right}")
 
 
 def ask_light_change(clip: Clip, rng: np.random.Generator) -> Question | None:
@@ -129,7 +130,7 @@ def ask_sign(clip: Clip, rng: np.random.Generator) -> Question | None:
         return None
     right = str(rng.choice(clip.kinds))
     text = ("Biển báo nào xuất hiện trong video?", "Trong video có biển báo nào sau đây?")[int(rng.integers(2))]
-    return Question("sign", text, *one_of_four(rng, SIGN_WORDS[right], [w for k, w in SIGN_WORDS.items() if k not in clip.kinds]), _clearest(clip, right))
+    return Question("sign", text, *one_of_four(rng, SIGN_WORDS[right], [w for k, w in SIGN_WORDS.items() if k not in clip.kinds]), _clearest(clip, right), f"sign:{right}")
 
 
 def ask_sign_is(clip: Clip, rng: np.random.Generator) -> Question | None:
@@ -139,7 +140,7 @@ def ask_sign_is(clip: Clip, rng: np.random.Generator) -> Question | None:
         return None
     said = str(rng.choice(clip.kinds if holds else [k for k in SIGNS if k not in clip.kinds]))
     support = _clearest(clip, said) if holds else _clearest(clip, str(rng.choice(clip.kinds))) if clip.signs else _any_moment(clip, rng)
-    return Question("sign_is", f'Trong video có "{SIGN_WORDS[said]}", đúng hay sai?', *one_of_two(TRUE_FALSE, holds), support)
+    return Question("sign_is", f'Trong video có "{SIGN_WORDS[said]}", đúng hay sai?', *one_of_two(TRUE_FALSE, holds), support, f"sign:{said}" if holds else "")
 
 
 def ask_speed(clip: Clip, rng: np.random.Generator) -> Question | None:
@@ -147,7 +148,8 @@ def ask_speed(clip: Clip, rng: np.random.Generator) -> Question | None:
     right = next((kind for kind in clip.kinds if kind in LIMIT_WORDS), None)
     if right is None:
         return None
-    return Question("speed", "Tốc độ tối đa cho phép theo biển báo là bao nhiêu?", *one_of_four(rng, LIMIT_WORDS[right], [w for k, w in LIMIT_WORDS.items() if k != right]), _clearest(clip, right))
+    choices = one_of_four(rng, LIMIT_WORDS[right], [w for k, w in LIMIT_WORDS.items() if k != right])
+    return Question("speed", "Tốc độ tối đa cho phép theo biển báo là bao nhiêu?", *choices, _clearest(clip, right), f"sign:{right}")
 
 
 def ask_turn(clip: Clip, rng: np.random.Generator) -> Question | None:
@@ -157,7 +159,7 @@ def ask_turn(clip: Clip, rng: np.random.Generator) -> Question | None:
         return None
     side = str(rng.choice(("left", "right")))
     words = {"left": "rẽ trái", "right": "rẽ phải"}[side]
-    return Question("turn", f"Theo biển báo, xe có được phép {words} không?", *one_of_two(YES_NO, side not in forbidden), _clearest(clip, f"no {forbidden[0]} turn"))
+    return Question("turn", f"Theo biển báo, xe có được phép {words} không?", *one_of_two(YES_NO, side not in forbidden), _clearest(clip, f"no {forbidden[0]} turn"), f"sign:no {forbidden[0]} turn")
 
 # %% ../../nbs/roadbuddy/questions.ipynb #7772f69f
 def _steady(family: str, text: str, words: dict[str, str], right: str, clip: Clip, rng: np.random.Generator) -> Question:
@@ -195,13 +197,13 @@ def ask_brake(clip: Clip, rng: np.random.Generator) -> Question | None:
         return None
     on = clip.vehicle.brakes
     support = (round(float(np.mean(on)), 2),) if on else _any_moment(clip, rng)
-    return Question("brake", "Phương tiện ngay phía trước có đạp phanh không?", *one_of_two(YES_NO, on is not None), support)
+    return Question("brake", "Phương tiện ngay phía trước có đạp phanh không?", *one_of_two(YES_NO, on is not None), support, "brake" if on else "")
 
 
 def ask_pedestrian(clip: Clip, rng: np.random.Generator) -> Question:
     "Does a pedestrian cross?"
     support = (round((clip.walk.start + clip.walk.end) / 2, 2),) if clip.walk else _any_moment(clip, rng)
-    return Question("pedestrian", "Có người đi bộ qua đường phía trước xe không?", *one_of_two(YES_NO, clip.walk is not None), support)
+    return Question("pedestrian", "Có người đi bộ qua đường phía trước xe không?", *one_of_two(YES_NO, clip.walk is not None), support, "pedestrian" if clip.walk else "")
 
 # %% ../../nbs/roadbuddy/questions.ipynb #30678cb8
 FAMILIES: dict[str, tuple[Callable[[Clip, np.random.Generator], Question | None], float]] = {

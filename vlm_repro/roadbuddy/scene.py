@@ -195,6 +195,6 @@ def sample_clip(
     length = int(rng.choice(seconds))
     lane = drive.lane if rng.random() < 0.7 else str(rng.choice(LANES))
     return Clip(
-        drive.weather, lane, drive.marking, length, round(float(rng.uniform(4, 8)), 2), sample_light(rng, length), sample_signs(rng, length), sample_vehicle(rng, length), sample_walk(rng, length),
+        drive.weather, lane, drive.marking, length, round(float(rng.uniform(6, 13)), 2), sample_light(rng, length), sample_signs(rng, length), sample_vehicle(rng, length), sample_walk(rng, length),
         int(rng.integers(2**31)),
     )
