@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/train/setup.html.md"""
 
 # %% auto #0
 __all__ = ['name_accelerator', 'base_folder', 'load_processor', 'weights_dtype', 'load_trainable', 'part_rates', 'deepspeed_file',
-           'splits_weights', 'training_arguments']
+           'start_deepspeed', 'splits_weights', 'training_arguments']
 
 # %% ../../nbs/train/setup.ipynb #2de0d5ea
 import os
@@ -113,6 +113,20 @@ def deepspeed_file(
               'gradient_clipping': 'auto', 'zero_allow_untested_optimizer': True, 'zero_force_ds_cpu_optimizer': False, 'zero_optimization': zero}
     return _over(common, recipe.deepspeed.config)
 
+# %% ../../nbs/train/setup.ipynb #faa1466d
+def start_deepspeed() -> None:
+    "Lets DeepSpeed know its processes, this one alone if no launcher started several."
+    import socket
+
+    import deepspeed
+    cpu = not torch.cuda.is_available()
+    if cpu: deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
+    if 'RANK' not in os.environ:
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            os.environ |= {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(s.getsockname()[1])}
+    deepspeed.init_distributed(dist_backend='gloo' if cpu else 'nccl', verbose=False)
+
 # %% ../../nbs/train/setup.ipynb #184e0185
 def splits_weights(
     recipe:Recipe, # any
@@ -135,6 +149,7 @@ def training_arguments(
     name_accelerator()
     from transformers import TrainingArguments
     cpu = not torch.cuda.is_available()
+    if recipe.deepspeed: start_deepspeed()
     if cpu and recipe.precision == 'fp16': raise RecipeError('precision: fp16 needs a GPU; on a processor use fp32 or bf16')
     return TrainingArguments(
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=recipe.micro_batch, gradient_accumulation_steps=1, learning_rate=recipe.learning_rate,
