@@ -24,6 +24,7 @@ from vlm_repro.models.protocol import Lengths
 
 class Echo:
     name = 'echo'
+    def describe(self): return {}
     def measure(self, r): return Lengths(int(r.id), 0)
     def generate(self, rs, max_new_tokens):
         time.sleep(float(sys.argv[2]))

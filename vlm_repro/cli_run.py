@@ -93,10 +93,13 @@ def run_folder(
     paper:str, # such as `mmwalk`
     values:Mapping[str, Any], # every parameter of the notebook
 ) -> Path: # `runs/<paper>/<digest of the settings>`
-    "The folder of a run; raises ValueError for a value that is not possible."
-    from vlm_repro.core.tasks import get_task, make_settings
+    "The folder of a run; raises ValueError for a value that is not possible, or that would fail after generation."
+    from vlm_repro.core.params import check_counts
+    from vlm_repro.core.tasks import check_settings, get_task, make_settings
     task = get_task(paper)
     settings = make_settings(task, {f.name: values[f.name] for f in fields(task.settings) if f.name in values})
+    check_settings(task, settings)
+    check_counts(values)
     return default_out(paper, {'paper': paper, **asdict(settings)})
 
 # %% ../nbs/cli_run.ipynb #20984864
@@ -109,6 +112,7 @@ def _execute(source:Path, target:Path, values:Mapping[str, Any], progress:bool) 
     try: papermill.execute_notebook(str(source), str(target), dict(values), kernel_name='python3', progress_bar=progress)
     except papermill.PapermillExecutionError as e:
         raise CellFailed(f'cell {e.exec_count} failed: {e.ename}: {e.evalue}\nThe notebook so far: {target}') from e
+    except OSError as e: raise CellFailed(f'{target}: cannot write ({e.strerror or e}); free some space, or name another folder, and run the same command again to continue') from e
     except DeadKernelError as e:
         raise CellFailed(f'the kernel died, perhaps for want of memory; run the same command again to continue.\nThe notebook so far: {target}') from e
 
@@ -122,7 +126,8 @@ def run_paper(
     known = paper_parameters(paper)
     check_names(paper, known, given)
     values = {**{k: p.default for k, p in known.items()}, **given}
-    folder = Path(out or given.get('out') or run_folder(paper, values))
+    own = run_folder(paper, values)  # checks the values too, before papermill writes them into a notebook
+    folder = Path(out or given.get('out') or own)
     folder.mkdir(parents=True, exist_ok=True)
     _execute(paper_notebook(paper), folder/'notebook.ipynb', {**given, 'out': str(folder)}, progress)
     return folder

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from tqdm.std import tqdm
 
 from .media import MediaError
+from .pins import pin_model
 from .records import Generation, Request, from_row, to_row
 from .runs import RunFolder
 
@@ -103,6 +104,8 @@ def generate(
     progress:bool=True, # show a progress bar
 ) -> GenerateReport: # what was made, reused and lost
     "Answers every request that the run folder holds no answer to; raises GenerateError if it should not go on."
+    if batch_size < 1 or max_new_tokens < 1: raise ValueError(f'batch_size={batch_size} and max_new_tokens={max_new_tokens} must be 1 or more')
+    pin_model(run, model.describe())
     done = [from_row(Generation, row) for row in run.rows('predictions')]
     todo = pending(requests, done)
     batches = buckets(todo, [lengths_of(model, r) for r, _ in todo], batch_size)

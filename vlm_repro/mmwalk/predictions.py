@@ -21,6 +21,7 @@ from ..core.records import Sample
 from .annotations import CATEGORIES, RecordError, chat_sample, record_of
 from .prompt import VIEWS
 from .release import release_of, same_release
+from ..models.protocol import parse_spec
 
 # %% ../../nbs/mmwalk/predictions.ipynb #32b7fc08
 PAIRINGS = ('key', 'position')
@@ -38,13 +39,13 @@ def predicted_record(
 
 # %% ../../nbs/mmwalk/predictions.ipynb #98baaf3c
 def folder_name(
-    model:str, # a model's name or id; its last path part is used
+    model:str, # a model string; the last part of its path, hub id or name is used
     views:str='normal', # the input setting
     shots:int|str=0, # number of shots, or `finetuned`
 ) -> str:
     "The published name of a prediction folder, `eval_<MODEL>_<SETTING>_<SHOT>`; raises ValueError for an unknown setting."
     if views not in VIEWS: raise ValueError(f'unknown views {views!r}; one of {", ".join(VIEWS)}')
-    short = re.sub(r'[^\w.+-]+', '-', PurePosixPath(model.rstrip('/')).name) or 'model'
+    short = re.sub(r'[^\w.+-]+', '-', PurePosixPath(parse_spec(model).name if model.startswith('openai:') else model.rstrip('/')).name) or 'model'
     return f'eval_{short}_{views}_{shots if isinstance(shots, str) else f"{shots}s"}'
 
 # %% ../../nbs/mmwalk/predictions.ipynb #654396c8

@@ -7,7 +7,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/mmwalk/task.html.md"""
 # %% auto #0
 __all__ = ['FINETUNED', 'WORLD_SEED', 'WORLD_SIZE', 'TUNING_SIZE', 'task', 'MmwalkSettings', 'prompt_settings', 'data_folder',
            'load_questions', 'render_questions', 'training_examples', 'training_recipe', 'extract_answers',
-           'score_answers', 'reduce_scores', 'claim', 'paper_table', 'write_published_files']
+           'score_answers', 'reduce_scores', 'claim', 'paper_table', 'write_published_files', 'check_inputs']
 
 # %% ../../nbs/mmwalk/task.ipynb #03b0b535
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from .data import choose, load, parse_categories
 from .extract import extract
 from .finetune import conversations
 from .predictions import folder_name
-from .prompt import PromptSettings, render
+from .prompt import LAYOUTS, PromptSettings, render
 from .score import load_judge, measure, row_name, table_cells
 from .shots import shots_for
 from .upstream import write_upstream
@@ -66,7 +66,7 @@ class MmwalkSettings:
         parse_categories(self.categories)
         one_of('split', self.split, ('test',))
         if isinstance(self.shots, str): one_of('shots', self.shots, (FINETUNED, 0, 1, 2, '...'))
-        for name, least in (('limit', 0), ('n_shots', 0), ('max_new_tokens', 1), ('min_pixels', 0), ('max_pixels', 0)):
+        for name, least in (('limit', 0), ('n_shots', 0), ('max_new_tokens', 1), ('min_pixels', 0), ('max_pixels', 0), ('seed', 0)):
             if getattr(self, name) < least: raise ValueError(f'{name.removeprefix("n_")}={getattr(self, name)} is not possible; give {least} or more')
 
     @property
@@ -194,8 +194,16 @@ def write_published_files(
     name = folder_name(settings.model, settings.views, 'finetuned' if settings.adapter else settings.shots)
     return write_upstream(run, samples, answers, scores, name)
 
+# %% ../../nbs/mmwalk/task.ipynb #b0e5849d
+def check_inputs(
+    settings:MmwalkSettings, # of a run that asks
+) -> None:
+    "Raises ValueError or FileNotFoundError for judge texts that cannot be read, and for a layout that test questions do not have."
+    one_of('layout', settings.layout, [layout for layout in LAYOUTS if layout != 'training'])
+    load_judge(settings.judge, settings.judge_prompt or None)
+
 # %% ../../nbs/mmwalk/task.ipynb #f4364788
 task = Task(
     name='mmwalk', settings=MmwalkSettings, load=load_questions, prompt=render_questions, extract=extract_answers, score=score_answers, cells=reduce_scores,
     published=paper_table, eligibility=claim, examples=training_examples, cluster='trajectory', unit='0-100', world=build_world, export=write_published_files,
-    rescore=('judge', 'judge_prompt', 'published'))
+    check=check_inputs, rescore=('judge', 'judge_prompt', 'published'))

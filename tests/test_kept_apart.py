@@ -1,0 +1,151 @@
+"""What must not be mixed, lost or written: answers of other weights, replies that were paid for, settings that cannot work, secrets."""
+import json
+import shutil
+
+import pytest
+import torch
+from fault_proxy import completion, listen
+from safetensors.torch import load_file, save_file
+
+from vlm_repro.cli import main
+from vlm_repro.core.generate import generate
+from vlm_repro.core.runs import RunError
+from vlm_repro.core.tasks import extract_run, finish_run, get_task, make_settings, prepare, rescore, score_run, start, table_run
+from vlm_repro.mmwalk.predictions import folder_name
+from vlm_repro.mmwalk.world import Size, build_world
+from vlm_repro.models.protocol import load_model, tiny_checkpoint
+
+torch.set_num_threads(1)
+TASK = get_task('mmwalk')
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    return build_world(tmp_path_factory.mktemp('world')/'w', 5, Size(test_frames=2, train_frames=2, val_frames=1, train_trajectories=1))
+
+
+def go(root, out, **params):
+    settings = make_settings(TASK, {'data_root': str(root), 'categories': 'E1', 'limit': 3, **params})
+    run = start(TASK, settings, out)
+    try:
+        requests = prepare(TASK, settings, TASK.load(settings), run)
+        model = load_model(settings.model)
+        report = generate(model, requests, run, 4, 12, progress=False)
+        extract_run(TASK, settings, run)
+        score_run(TASK, settings, run)
+        table_run(TASK, settings, run)
+        finish_run(TASK, settings, run, model.describe())
+    finally: run.close()
+    return run, report
+
+
+def test_other_weights_in_the_same_folder_are_refused(world, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint(), tmp_path/'model')
+    _, first = go(world, tmp_path/'run', model=str(folder))
+    _, again = go(world, tmp_path/'run', model=str(folder))
+    assert first.made == again.reused == 3 and again.made == 0
+    weights = load_file(folder/'model.safetensors')
+    save_file({k: v*.5 for k, v in weights.items()}, folder/'model.safetensors', metadata={'format': 'pt'})
+    with pytest.raises(RunError, match='3 answers were made with another model') as e: go(world, tmp_path/'run', model=str(folder))
+    assert '"weights": "sha256:' in str(e.value)
+
+
+def test_other_images_under_the_same_path_are_refused(world, tmp_path):
+    root = shutil.copytree(world, tmp_path/'data')
+    run, _ = go(root, tmp_path/'run')
+    image = next(p['image'] for p in run.rows('samples')[0]['request']['messages'][-1]['content'] if p['type'] == 'image')
+    with open(image, 'ab') as f: f.write(b'\0')
+    with pytest.raises(RunError, match='of its 3 answers were made from other images'): go(root, tmp_path/'run')
+
+
+def test_a_world_whose_marker_is_gone_is_other_data(world, tmp_path):
+    root = shutil.copytree(world, tmp_path/'data')
+    run, _ = go(root, tmp_path/'run')
+    (root/'world.json').unlink()
+    with pytest.raises(RunError, match='another data set|started on other samples'): go(root, tmp_path/'run')
+    assert json.loads(run.path('data.json').read_text())['watermark']
+
+
+@pytest.fixture
+def judge():
+    calls = []
+    def handle(handler):
+        body = json.loads(handler.rfile.read(int(handler.headers['Content-Length'])))
+        calls.append(body)
+        out = completion(body, '4')
+        handler.send_response(200)
+        handler.send_header('Content-Type', 'application/json')
+        handler.send_header('Content-Length', str(len(out)))
+        handler.end_headers()
+        handler.wfile.write(out)
+    with listen(handle) as url: yield f'openai:judge@{url}', calls
+
+
+def test_scoring_anew_pays_for_no_reply_twice(world, tmp_path, judge):
+    spec, calls = judge
+    go(world, tmp_path/'run')
+    rescore(tmp_path/'run', tmp_path/'judged', judge=spec).close()
+    made = len(calls)
+    rescore(tmp_path/'run', tmp_path/'judged', judge=spec).close()
+    assert made and len(calls) == made
+
+
+def test_scoring_needs_answers_and_no_manifest(world, tmp_path):
+    run, _ = go(world, tmp_path/'run')
+    (tmp_path/'run'/'manifest.json').unlink()
+    again = rescore(tmp_path/'run', tmp_path/'again')
+    again.close()
+    assert again.manifest['model']['class'] == 'Qwen2VLForConditionalGeneration'
+
+
+def test_scoring_does_not_replace_another_runs_answers(world, tmp_path):
+    go(world, tmp_path/'run')
+    go(world, tmp_path/'other')
+    path = tmp_path/'other'/'predictions.jsonl'
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(''.join(json.dumps({**r, 'text': 'Else.'}) + '\n' for r in rows))
+    with pytest.raises(RunError, match='holds 3 answers'): rescore(tmp_path/'run', tmp_path/'other')
+
+
+@pytest.mark.parametrize('params', [{'judge_prompt': 'absent.txt', 'judge': 'openai:x@http://127.0.0.1:9/v1'}, {'published': 'absent.csv'}, {'layout': 'training'}])
+def test_what_scoring_would_stumble_over_stops_the_start(params, tmp_path):
+    settings = make_settings(TASK, params)
+    with pytest.raises((ValueError, FileNotFoundError)): start(TASK, settings, tmp_path/'run')
+    assert not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('judge', ['openai:gpt-4o-mini', 'gpt-4o-mini', './absent'])
+def test_a_judge_that_cannot_be_had_stops_before_generation(judge, world, tmp_path, monkeypatch):
+    monkeypatch.delenv('OPENAI_API_KEY', raising=False)
+    with pytest.raises(ValueError, match='needs a key|no checkpoint folder'): go(world, tmp_path/'run', judge=judge)
+    assert not (tmp_path/'run'/'predictions.jsonl').exists()
+
+
+@pytest.mark.parametrize('name', ['model', 'judge'])
+@pytest.mark.parametrize('spec', ['openai:x@http://user:SECRETPW@127.0.0.1:9/v1', 'openai:x@http://127.0.0.1:9/v1?api_key=SECRETPW', 'openai:x@user:SECRETPW@host'])
+def test_a_secret_reaches_no_file(name, spec, tmp_path, capsys):
+    assert main(['run', 'mmwalk', '-p', name, spec, '--out', str(tmp_path/'run'), '-q']) == 2
+    shown = capsys.readouterr()
+    assert 'SECRETPW' not in shown.err + shown.out and not [p for p in tmp_path.rglob('*') if p.is_file()]
+
+
+@pytest.mark.parametrize('given', [{'limit': 1.5}, {'seed': 'abc'}, {'seed': -1}, {'max_new_tokens': 2.5}, {'shots': 'three'}, {'shots': 1.0}, {'keep_depth': 'no'}, {'model': None}])
+def test_a_value_of_another_type_is_refused(given):
+    with pytest.raises(ValueError, match=f'{next(iter(given))}='): make_settings(TASK, given)
+
+
+@pytest.mark.parametrize('runtime', [{'batch_size': 0}, {'batch_size': 1.5}, {'nproc': 'two'}])
+def test_a_batch_of_nothing_is_refused(runtime, tmp_path):
+    with pytest.raises(ValueError, match='is not possible; give 1 or more'): start(TASK, make_settings(TASK, {}), tmp_path/'run', **runtime)
+
+
+def test_a_full_disk_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):
+    import papermill
+    def full(*args, **kwargs): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(papermill, 'execute_notebook', full)
+    assert main(['run', 'mmwalk', '--out', str(tmp_path/'run'), '-q']) == 1
+    assert 'No space left on device' in capsys.readouterr().err
+
+
+def test_predictions_of_a_named_server_are_named_after_the_model():
+    assert folder_name('openai:Qwen/Qwen2-VL@http://127.0.0.1:8000/v1', 'dog+', 3) == 'eval_Qwen2-VL_dog+_3s'
