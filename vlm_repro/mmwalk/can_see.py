@@ -73,11 +73,12 @@ def hits(
     requests: Sequence[Request],
     samples: Sequence[Sample],  # of one category, in the order of the requests
     batch: int,
+    longest: int = 14,  # new tokens; every decisive word comes before
 ) -> np.ndarray:  # 1.0 where the decisive word is the gold's
     "Ask and compare; an error of the backend stops the measurement with its label."
     out = []
     for start in range(0, len(requests), batch):
-        for generation in model.generate(requests[start : start + batch], 14):
+        for generation in model.generate(requests[start : start + batch], longest):
             if generation.error:
                 raise RuntimeError(f"{generation.id}: {generation.error}")
             out.append(generation.text)
