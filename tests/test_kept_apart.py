@@ -149,3 +149,19 @@ def test_a_full_disk_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):
 
 def test_predictions_of_a_named_server_are_named_after_the_model():
     assert folder_name('openai:Qwen/Qwen2-VL@http://127.0.0.1:8000/v1', 'dog+', 3) == 'eval_Qwen2-VL_dog+_3s'
+
+
+@pytest.mark.parametrize('given', [{'adapter': 'mine'}, {'dtype': 'float16'}, {'max_pixels': 1000}])
+def test_what_cannot_reach_a_server_is_refused(given):
+    with pytest.raises(ValueError, match='cannot reach a model behind a server'): make_settings(TASK, {'model': 'openai:x@http://127.0.0.1:9/v1', **given})
+
+
+def test_a_server_that_is_down_stops_the_run(world, tmp_path):
+    from vlm_repro.core.generate import GenerateError
+    settings = make_settings(TASK, {'data_root': str(world), 'model': 'openai:x@http://127.0.0.1:9/v1'})
+    run = start(TASK, settings, tmp_path/'run')
+    requests = prepare(TASK, settings, TASK.load(settings), run)
+    with pytest.raises(GenerateError, match='3 batches in a row failed'):
+        generate(load_model(settings.model, max_retries=0, timeout=2.), requests, run, 2, 12, progress=False)
+    assert len(run.rows('predictions')) == 6 < len(requests)
+    run.close()

@@ -229,3 +229,66 @@ def test_pauses_double_and_end():
     from vlm_repro.models.openai import Fault
     patience = Patience(3, 1., 3.)
     assert [patience.delay(n, Fault('server', '', True), 1.) for n in (1, 2, 3, 4)] == [1., 2., 3., None]
+
+
+def reply(handler, content, finish='stop', usage=None):
+    body = {'id': '1', 'object': 'chat.completion', 'created': 0, 'model': 'm', 'choices': [{'index': 0, 'message': {'role': 'assistant', 'content': content}, 'finish_reason': finish}],
+            'usage': usage or {'prompt_tokens': 11, 'completion_tokens': 3, 'total_tokens': 14}}
+    out = json.dumps(body).encode()
+    handler.rfile.read(int(handler.headers['Content-Length']))
+    handler.send_response(200)
+    handler.send_header('Content-Type', 'application/json')
+    handler.send_header('Content-Length', str(len(out)))
+    handler.end_headers()
+    handler.wfile.write(out)
+
+
+@pytest.mark.parametrize('content,finish,usage,expect', [
+    ([{'type': 'text', 'text': 'Sun'}, {'type': 'text', 'text': 'ny.'}], 'stop', None, 'Sunny.'),
+    ('sun \ud83d', 'stop', None, 'sun �'),
+    ('Sunny.', 'stop', {'prompt_tokens': None, 'completion_tokens': None}, 'Sunny.'),
+    ('', 'content_filter', None, 'bad_reply: '), ([], 'stop', None, 'bad_reply: ')])
+def test_odd_replies_are_read_or_labelled_and_can_be_kept(content, finish, usage, expect, tmp_path):
+    from vlm_repro.core.generate import generate
+    from vlm_repro.core.runs import open_run
+    with listen(lambda handler: reply(handler, content, finish, usage)) as url:
+        run = open_run(tmp_path/'run', {})
+        generate(load_model(f'openai:m@{url}', base_delay=.02, max_retries=1), [text('a')], run, progress=False)
+        row, = run.rows('predictions')
+        run.close()
+    assert (row['error'] or row['text']).startswith(expect) and row['attempt'] == (1 if row['text'] else 2)
+
+
+@pytest.mark.parametrize('message', [
+    'The decoder prompt (length 9216) is longer than the maximum model length of 8192.', 'The request input length 9216 exceeds session_len 8192',
+    "The input (9216 tokens) is longer than the model's context length (8192 tokens).", "This model's maximum context length is 8192 tokens."])
+def test_overflow_is_known_in_every_servers_words(message):
+    import httpx
+    import openai
+
+    from vlm_repro.models.openai import fault_of
+    request = httpx.Request('POST', 'http://h/v1')
+    error = openai.BadRequestError(message, response=httpx.Response(400, request=request), body=None)
+    assert fault_of(error, 'h').label == 'overflow'
+
+
+@pytest.mark.parametrize('wait', ['3600', 'inf'])
+def test_one_wait_that_is_not_waited_for_holds_nobody_up(wait):
+    first = []
+    def handle(handler):
+        if first: return reply(handler, 'Sunny.')
+        first.append(1)
+        handler.rfile.read(int(handler.headers['Content-Length']))
+        handler.send_response(429)
+        handler.send_header('Retry-After', wait)
+        handler.send_header('Content-Length', '0')
+        handler.end_headers()
+    with listen(handle) as url:
+        start = time.monotonic()
+        got = ask(url, [text(str(i)) for i in range(4)], concurrency=1)
+    assert [bool(g.error) for g in got] == [True, False, False, False] and time.monotonic() - start < 30
+
+
+def test_a_model_the_server_has_not_is_asked_for_once(chat):
+    with fault_proxy(chat, lambda n, body: '404') as (url, proxy): got = ask(url, [text(str(i)) for i in range(12)], concurrency=2)
+    assert len(proxy.log) <= 2 and all(g.error.startswith('server: ') and 'name of the model' in g.error for g in got)

@@ -76,6 +76,8 @@ class GenerateReport:
 def _label(g:Generation) -> str:
     return g.error.split(':')[0] if g.error else ''
 
+_DOWN, _PATIENCE = ('server', 'timeout', 'rate_limit'), 3  # a server that answers nobody, and for how many batches that is borne
+
 def _check(made:Sequence[Generation], strict:bool) -> None:
     bad = [g for g in made if g.error]
     if bad and strict: raise GenerateError(f'{bad[0].id}: {bad[0].error} (strict=True stops at the first failure; what was answered is kept)')
@@ -109,13 +111,15 @@ def generate(
     done = [from_row(Generation, row) for row in run.rows('predictions')]
     todo = pending(requests, done)
     batches = buckets(todo, [lengths_of(model, r) for r, _ in todo], batch_size)
-    made, start, reused = [], time.perf_counter(), len(requests) - len(todo)
+    made, start, reused, lost = [], time.perf_counter(), len(requests) - len(todo), 0
     if progress: print(f'{reused} of {len(requests)} answers reused, {len(todo)} to make')
     with tqdm(total=len(todo), unit='sample', disable=not progress or not todo, mininterval=.5) as bar:
         for batch in batches:
             made += _batch(model, batch, run, max_new_tokens)
             _show(bar, made, len(batch), time.perf_counter() - start)
             _check(made[-len(batch):], strict)
+            lost = lost + 1 if all(_label(g) in _DOWN for g in made[-len(batch):]) else 0
+            if lost == _PATIENCE: raise GenerateError(f'{lost} batches in a row failed altogether, the last with {made[-1].error} (mend the server, or raise its timeout, and run again to continue)')
     return _report(made, reused, time.perf_counter() - start)
 
 # %% ../../nbs/core/generate.ipynb #e8ecfd59
