@@ -303,7 +303,7 @@ def test_check_counts_missing_images(root):
     report = check(root)
     missing = [p for p in report.problems if p.label == 'missing_image']
     assert not report.ok and len(missing) == 4 * 7
-    assert 'not a readable image' in next(r.found for r in report.rows if r.what.startswith('depth'))
+    assert 'not an image file' in next(r.found for r in report.rows if r.what.startswith('depth'))
     assert 'NOT PASSED' in report._repr_markdown_()
 
 

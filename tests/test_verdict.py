@@ -48,7 +48,7 @@ def test_the_numbers_decide(value, lo, hi, status):
 
 OBSTACLES = [
     ('the whole split', {'n': 813}, {}, {}, '813 samples of 814'),
-    ('no failures', {'n': 813, 'n_failed': 1}, {}, {}, '1 of 814 samples failed'),
+    ('no failures', {'n': 814, 'n_failed': 1}, {}, {}, '1 of 814 samples failed'),
     ('the named split', {}, {}, {'split': 'v1 test'}, 'split is v1 test'),
     ('a part of the split by name', {}, {}, {'split': 'v2 test, 90 of 6901 questions'}, '90 of 6901'),
     ("the row's model", {}, {}, {'model': 'Qwen/Qwen2.5-VL-7B-Instruct'}, 'model is Qwen/Qwen2.5-VL-7B-Instruct'),

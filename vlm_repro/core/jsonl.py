@@ -9,6 +9,7 @@ __all__ = ['DataError', 'Problem', 'stop_on', 'parse_line', 'read_lines', 'write
 
 # %% ../../nbs/core/jsonl.ipynb #910ea6c7
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,9 @@ def parse_line(
     try: record = json.loads(raw.decode('utf-8-sig'))
     except UnicodeDecodeError as e: return Problem('broken_line', where, f'not UTF-8 ({e.reason} at byte {e.start}); {_RESTORE}')
     except json.JSONDecodeError as e: return Problem('broken_line', where, f'not JSON ({e.msg} at column {e.colno}); {_RESTORE}')
+    except (ValueError, RecursionError) as e: return Problem('broken_line', where, f'JSON that cannot be read ({str(e).split(";")[0]}); {_RESTORE}')
+    if b'\\u' in raw and re.search('[\ud800-\udfff]', json.dumps(record, ensure_ascii=False)):
+        return Problem('broken_line', where, f'half a surrogate pair, which is no character; {_RESTORE}')
     if isinstance(record, dict): return record
     return Problem('broken_line', where, f'a JSON {type(record).__name__} where an object was expected; {_RESTORE}')
 

@@ -10,6 +10,8 @@ __all__ = ['DEPTH_MODES', 'DEPTH_UNITS_PER_METRE', 'MediaError', 'resolve', 'dep
 
 # %% ../../nbs/core/media.ipynb #3f9d7629
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -53,18 +55,23 @@ def _to_rgb(im:Image.Image, depth_mode:str, max_depth_m:float) -> Image.Image:
     if im.mode.startswith('I'): return Image.fromarray(depth_to_grey(np.asarray(im), depth_mode, max_depth_m)).convert('RGB')
     return ImageOps.exif_transpose(im).convert('RGB')
 
+@contextmanager
+def _labelled(path:str|Path) -> Iterator[None]:
+    "Whatever a file can make the decoder raise, as a MediaError: headers that lie about size or hold a bomb of text included."
+    try: yield
+    except FileNotFoundError as e: raise MediaError(path, 'no such file; check data_root with `vlm-repro data check`') from e
+    except IsADirectoryError as e: raise MediaError(path, 'is a folder, not an image') from e
+    except UnidentifiedImageError as e: raise MediaError(path, 'not an image file') from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise MediaError(path, f'cannot be decoded ({e}); fetch it again') from e
+
 def open_image(
     path:str|Path, # an image file
     depth_mode:str='compat', # how 16-bit depth becomes 8 bits: one of `DEPTH_MODES`
     max_depth_m:float=20., # metres shown as white in mode `clip`
 ) -> Image.Image: # RGB, upright, all pixels decoded
     "An image as RGB, turned upright by its EXIF tag; raises MediaError if it is missing, truncated or no image."
-    try:
-        with Image.open(path) as im: return _to_rgb(im, depth_mode, max_depth_m)
-    except FileNotFoundError as e: raise MediaError(path, 'no such file; check data_root with `vlm-repro data check`') from e
-    except IsADirectoryError as e: raise MediaError(path, 'is a folder, not an image') from e
-    except UnidentifiedImageError as e: raise MediaError(path, 'not an image file') from e
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise MediaError(path, f'cannot be decoded ({e}); fetch it again') from e
+    if depth_mode not in DEPTH_MODES: raise ValueError(f'unknown depth_mode {depth_mode!r}; one of {", ".join(DEPTH_MODES)}')
+    with _labelled(path), Image.open(path) as im: return _to_rgb(im, depth_mode, max_depth_m)
 
 # %% ../../nbs/core/media.ipynb #15ebffcd
 _QUARTER_TURNS = frozenset({5, 6, 7, 8})
@@ -73,10 +80,7 @@ def image_size(
     path:str|Path, # an image file
 ) -> tuple[int, int]: # width, height in pixels, upright
     "The size `open_image` will give, from the file's header; raises MediaError as it does."
-    try:
-        with Image.open(path) as im: size, turn = im.size, im.getexif().get(0x0112, 1)
-    except FileNotFoundError as e: raise MediaError(path, 'no such file; check data_root with `vlm-repro data check`') from e
-    except (OSError, SyntaxError) as e: raise MediaError(path, f'not a readable image ({e})') from e
+    with _labelled(path), Image.open(path) as im: size, turn = im.size, im.getexif().get(0x0112, 1)
     return size[::-1] if turn in _QUARTER_TURNS else size
 
 # %% ../../nbs/core/media.ipynb #1911d841

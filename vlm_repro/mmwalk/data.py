@@ -121,7 +121,9 @@ def iter_train(
     if member is None:
         with path.open('rb') as f: yield from _sampled(f, path.name, make)
         return
-    with zipfile.ZipFile(path) as z, z.open(member) as f: yield from _sampled(f, f'{path.name}/{member}', make)
+    try:
+        with zipfile.ZipFile(path) as z, z.open(member) as f: yield from _sampled(f, f'{path.name}/{member}', make)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e: raise DataError(f'{path.name}/{member} cannot be unpacked ({e}); fetch the archive again') from e
 
 # %% ../../nbs/mmwalk/data.ipynb #e914c600
 def sha256_of(

@@ -67,28 +67,39 @@ def _header_releases(category:str, header:str) -> frozenset[str]:
     return _wordings().get((category, hashlib.sha256(header.encode('utf-8')).hexdigest()), frozenset())
 
 # %% ../../nbs/mmwalk/release.ipynb #562a5617
+def _worded_as(sample:Sample) -> str:
+    return sample.meta['category'] if sample.meta['split'] == 'test' else 'train'
+
+def _by_wording(sample:Sample) -> frozenset[str]:
+    return _header_releases(_worded_as(sample), header_of(sample.meta['text']))
+
+def _unseen(sample:Sample) -> bool:
+    "Whether nobody knows how the older release words such a question."
+    return not any(category == _worded_as(sample) and 'v1' in releases for (category, _), releases in _wordings().items())
+
 def releases_of(
     sample:Sample, # of any split
 ) -> frozenset[str]: # a subset of {`v1`, `v2`}; empty when the record fits neither
     "The releases that one sample is compatible with."
-    split, trajectory = sample.meta['split'], sample.meta['trajectory']
-    by_trajectory, wording = _trajectory_releases(trajectory, split), sample.meta['category'] if split == 'test' else 'train'
-    by_header = _header_releases(wording, header_of(sample.meta['text']))
-    unseen = not any(category == wording and 'v1' in releases for (category, _), releases in _wordings().items())
-    return by_trajectory & (by_header or (frozenset({'v1'}) if unseen and by_trajectory == {'v1'} else frozenset()))
+    by_trajectory, by_header = _trajectory_releases(sample.meta['trajectory'], sample.meta['split']), _by_wording(sample)
+    return by_trajectory & (by_header or (frozenset({'v1'}) if _unseen(sample) and by_trajectory == {'v1'} else frozenset()))
 
 # %% ../../nbs/mmwalk/release.ipynb #51c77457
 def release_of(
     samples:Iterable[Sample], # all samples of one split
 ) -> str: # `v1`, `v2` or `unknown`
     "The release a set of samples belongs to; raises DataError when both are mixed, naming a sample of each."
-    seen = {}
-    for s in samples: seen.setdefault(releases_of(s), s)
+    seen, sure, strange = {}, False, False
+    for s in samples:
+        fits = releases_of(s)
+        seen.setdefault(fits, s)
+        sure = sure or (fits == {'v1'} and bool(_by_wording(s)))
+        strange = strange or not (fits or _unseen(s))
     only1, only2 = seen.get(frozenset({'v1'})), seen.get(frozenset({'v2'}))
     if only1 and only2:
         raise DataError(f'two releases are mixed: {only1.id} can only be of v1 (30 April 2025) and {only2.id} only of v2 (15 May 2025); '
                         'take all files from one of them, they have different splits')
-    if only1: return 'v1'
+    if only1: return 'v1' if sure and not strange else UNKNOWN
     return 'v2' if seen and frozenset() not in seen else UNKNOWN
 
 # %% ../../nbs/mmwalk/release.ipynb #71cc04f1

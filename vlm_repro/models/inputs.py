@@ -62,13 +62,14 @@ def load_preparer(
 ) -> Preparer: # a processor, or a tokenizer for a model without eyes
     "The checkpoint's processor, with the image processor class that was asked for; raises ModelError otherwise."
     if image_backend not in IMAGE_BACKENDS: raise ModelError(f'unknown image_backend {image_backend!r}; one of {", ".join(IMAGE_BACKENDS)}')
-    if not eyes: return require_template(AutoTokenizer.from_pretrained(folder, trust_remote_code=code))
     wanted = ('torchvision' if is_torchvision_available() else 'pil') if image_backend == 'auto' else image_backend
     try:
+        if not eyes: return require_template(AutoTokenizer.from_pretrained(folder, trust_remote_code=code))
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=code)
         if not hasattr(processor, 'image_processor'): raise ModelError(f'{folder} gives a {type(processor).__name__} without an image processor')
         processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend=wanted, trust_remote_code=code)
-    except ImportError as e: raise ModelError(f'the processor of {folder} cannot be loaded: {e}') from e
+    except ModelError: raise
+    except Exception as e: raise ModelError(f'the processor of {folder} cannot be loaded ({type(e).__name__}: {e})') from e  # the tokenizers library raises a bare Exception for a broken file
     found = image_backend_of(processor.image_processor)
     if found not in (wanted, 'other'): raise ModelError(f'asked for the {wanted} image processor, got {type(processor.image_processor).__name__}: {_SWAPPED}')
     return require_template(processor)

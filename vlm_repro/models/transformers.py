@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as hf_logging
 
@@ -47,7 +48,7 @@ def checkpoint_folder(
 
 # %% ../../nbs/models/transformers.ipynb #0dc3d677
 _NEEDED = {'weights': ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json'),
-           'tokenizer': ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'tokenizer_config.json')}
+           'tokenizer': ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt', 'spiece.model', 'sentencepiece.bpe.model')}
 _EYES = {'image processor': ('processor_config.json', 'preprocessor_config.json')}
 
 def require_files(
@@ -127,7 +128,7 @@ def load_net(
     kind = hf.AutoModelForImageTextToText if eyes else hf.AutoModelForCausalLM
     try:
         with _quiet(folder): net, loaded = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
-    except (ImportError, ValueError, OSError, RuntimeError) as e: raise ModelError(f'{folder} cannot be loaded: {e}') from e
+    except (ImportError, ValueError, OSError, RuntimeError, SafetensorError) as e: raise ModelError(f'{folder} cannot be loaded: {e}') from e
     lost = sorted(map(str, [*loaded['missing_keys'], *loaded['mismatched_keys']]))
     if lost: raise ModelError(f'{folder} lacks {len(lost)} weights of a {type(net).__name__} (first: {lost[0]}); they would be drawn at random')
     net = net.eval()

@@ -188,7 +188,7 @@ def obstacles(
 ) -> list[str]: # empty when the cell can be judged
     "All reasons why a cell cannot be judged."
     out = [] if run.split == published.split else [f'the split is {run.split}, the row has {published.split}']
-    asked = cell.n + cell.n_failed
+    asked = cell.n if cell.variant == 'as_published' else cell.n + cell.n_failed  # the published reading gives failures a score, so its n holds them
     if published.n is not None and asked != published.n: out.append(f'{asked} samples of {published.n}')
     if cell.n_failed: out.append(f'{cell.n_failed} of {asked} samples failed; run again to complete them')
     out += _differs('the model', run.model, published.model) + _differs('the judge', run.judge, published.judge)
