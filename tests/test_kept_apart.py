@@ -88,6 +88,7 @@ def test_scoring_anew_pays_for_no_reply_twice(world, tmp_path, judge):
     made = len(calls)
     rescore(tmp_path/'run', tmp_path/'judged', judge=spec).close()
     assert made and len(calls) == made
+    assert json.loads((tmp_path/'judged'/'manifest.json').read_text())['judge'] == spec
 
 
 def test_scoring_needs_answers_and_no_manifest(world, tmp_path):

@@ -71,6 +71,9 @@ def main(
     except _wrong_inputs() as e:
         if '--traceback' in args: raise
         return _say(f'error: {e}', 2)
+    except OSError as e:
+        if '--traceback' in args: raise
+        return _say(f'error: {e}', 1)
     return 0
 
 # %% ../nbs/cli.ipynb #f0d39a35
@@ -151,7 +154,9 @@ def score(
     parameter:Annotated[list[str], typer.Option('-p', '--parameter', metavar='NAME VALUE', help='Another parameter of scoring; may be repeated.')]=[],
     out:Annotated[str, typer.Option(help='The folder of the new run; by default named after its settings.')]='',
 ) -> None:
-    """Extract, score and tabulate a run's answers again, with no model and no image, into a run of its own.
+    """Extract, score and tabulate a run's answers again, with no model and no image.
+
+    With another judge or parameter the result is a run of its own; with nothing changed, the run named after those settings is scored anew in its place. Stored replies of the judge are kept.
 
     vlm-repro score runs/mmwalk/1a2b3c --judge openai:gpt-4o-mini
     """

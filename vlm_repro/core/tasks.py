@@ -277,5 +277,5 @@ def _score_anew(task:Task, settings:Any, old:RunFolder, run:RunFolder, model:Map
     extract_run(task, settings, run)
     score_run(task, settings, run)
     table_run(task, settings, run)
-    finish_run(task, settings, run, model, rescored_from=answers_digest(old.rows('predictions')))
+    finish_run(task, settings, run, model, **({'judge': settings.judge} if hasattr(settings, 'judge') else {}), rescored_from=answers_digest(old.rows('predictions')))
     return run
