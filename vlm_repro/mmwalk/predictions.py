@@ -18,10 +18,10 @@ from typing import Any
 
 from ..core.jsonl import DataError, Problem, read_lines, write_lines
 from ..core.records import Sample
+from ..models.protocol import parse_spec
 from .annotations import CATEGORIES, RecordError, chat_sample, record_of
 from .prompt import VIEWS
 from .release import release_of, same_release
-from ..models.protocol import parse_spec
 
 # %% ../../nbs/mmwalk/predictions.ipynb #32b7fc08
 PAIRINGS = ('key', 'position')
