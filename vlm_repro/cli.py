@@ -17,6 +17,7 @@ import typer
 from .cli_data import data_app
 from .cli_models import models_app
 from .cli_run import join_pairs
+from .cli_train import train_app
 from .core.text import columns
 
 # %% ../nbs/cli.ipynb #9658e53b
@@ -24,6 +25,7 @@ app = typer.Typer(name='vlm-repro', no_args_is_help=True, add_completion=False, 
                   context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 110})
 app.add_typer(data_app, name='data')
 app.add_typer(models_app)
+app.add_typer(train_app)
 
 def _version(wanted:bool) -> None:
     if not wanted: return
@@ -51,7 +53,8 @@ def _failures() -> tuple[type[Exception], ...]:
     from vlm_repro.cli_run import CellFailed
     from vlm_repro.core.download import DownloadError
     from vlm_repro.core.generate import GenerateError
-    return CellFailed, DownloadError, GenerateError
+    from vlm_repro.train.recipe import TrainError
+    return CellFailed, DownloadError, GenerateError, TrainError
 
 def _say(text:str, code:int) -> int:
     print(text, file=sys.stderr)

@@ -39,6 +39,9 @@ def _go(recipe:Any, out:Any, machines:Any) -> str:
         return f'job {job} submitted; its log is in {out}/slurm' if job else ''
     from vlm_repro.train.loop import fine_tune
     report = fine_tune(recipe, out)
+    if not report.finished and 'RANK' not in os.environ:
+        typer.echo(repr(report))
+        raise typer.Exit(143)
     return '' if int(os.environ.get('RANK', 0)) else f'{report!r}\nrun      {report.out}' + (f'\nweights  {report.weights}' if report.weights else '')
 
 @train_app.command(short_help='Fine-tune a model by a recipe.')

@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .recipe import TrainError
+
 # %% ../../nbs/train/checkpoints.ipynb #e278b0e8
 MARKER = 'complete.json'
 PREFIX = 'checkpoint-'
 
-class CheckpointError(Exception):
+class CheckpointError(TrainError):
     "A checkpoint that could not be written or read: which one, why, and what is left."
 
 def _sizes(folder:Path) -> dict[str, int]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.runs import default_out
-from .recipe import Recipe, RecipeError, identity, near, save_recipe
+from .recipe import Recipe, RecipeError, TrainError, identity, near, save_recipe
 
 # %% ../../nbs/train/launch.ipynb #5ea062ad
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def submit(
     return executor.submit(submitit.helpers.CommandFunction(slurm_command(machines, recipe, out), verbose=False)).job_id
 
 # %% ../../nbs/train/launch.ipynb #7b04f574
-class LaunchError(RuntimeError):
+class LaunchError(TrainError):
     "Processes that ended with an error: which command, and the last they said."
 
 def stream(

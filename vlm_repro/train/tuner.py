@@ -26,7 +26,7 @@ from .feed import Fed, Feed, loader
 from .loss import supervised_loss
 from .order import Order
 from .parts import parameter_groups
-from .recipe import Lora, Recipe
+from .recipe import Lora, Recipe, TrainError
 from .setup import part_rates
 from .watch import Log, NotFinite, Stop
 
@@ -117,7 +117,7 @@ class Tuner(Trainer):
 def _untouched(batch:Any) -> Any: return batch
 
 # %% ../../nbs/train/tuner.ipynb #8a3e8d93
-class NothingLeft(RuntimeError):
+class NothingLeft(TrainError):
     "A step of which every example had to be skipped."
 
 def _note(self:Tuner, lost:list, items:int, tokens:int, n_lost:int) -> None:
