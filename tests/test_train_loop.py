@@ -1,0 +1,212 @@
+"""Fine-tuning in one process: the loss and its splits, broken files, failures that say what to change, what a run leaves behind."""
+import json
+import math
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from train_toy import toy_recipe
+
+from vlm_repro.core.runs import RunError
+from vlm_repro.models.families import random_checkpoint
+from vlm_repro.train.checkpoints import checkpoints, last_checkpoint
+from vlm_repro.train.data import DataError
+from vlm_repro.train.loop import fine_tune
+from vlm_repro.train.parts import NoSuchTarget
+from vlm_repro.train.recipe import RecipeError, TrainError, load_recipe
+from vlm_repro.train.setup import load_trainable
+from vlm_repro.train.tuner import NothingLeft, Tuner
+from vlm_repro.train.watch import read_log
+
+FULL = {"method": "full", "parts": ["projector", "language_model", "embeddings", "head"]}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    """A folder with a random model of Qwen2-VL's architecture; torch on one thread."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("toy")
+    random_checkpoint("qwen2_vl", folder / "model")
+    return folder
+
+
+def losses(out: Path) -> list[float]:
+    """The loss of every step."""
+    return [row["loss"] for row in read_log(Path(out) / "log.jsonl") if "loss" in row]
+
+
+def train(toy: Path, out: Path, **changes: object):
+    """A silent run of the toy recipe."""
+    return fine_tune(toy_recipe(toy, **changes), out, progress=False)
+
+
+def test_the_loss_does_not_depend_on_how_a_batch_is_cut(toy, tmp_path):
+    cuts = {"six": {"micro_batch": 6}, "three": {"micro_batch": 3}, "two": {"micro_batch": 2}, "one": {"micro_batch": 1},
+            "tokens": {"micro_tokens": 150, "max_length": 150}, "padded": {"micro_batch": 4, "packing": False}}
+    seen = {}
+    for name, cut in cuts.items():
+        train(toy, tmp_path / name, epochs=1, **cut)
+        seen[name] = losses(tmp_path / name)
+    for name in cuts:
+        assert seen[name] == pytest.approx(seen["six"], rel=1e-5), name
+
+
+def test_a_run_learns_and_leaves_everything_in_its_folder(toy, tmp_path):
+    recipe = toy_recipe(toy, tuning=FULL, epochs=6, learning_rate=3e-3, report=["tensorboard"], eval_data=[{"task": "toy", "split": "val", "settings": {"data_root": str(toy / "pictures"), "n": 6}}])
+    report = fine_tune(recipe, tmp_path, progress=False)
+    seen = losses(tmp_path)
+    assert len(seen) == report.steps == 24 and seen[-1] < seen[0] / 2
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"] < seen[0]
+    assert json.loads((tmp_path / "training_metrics.json").read_text())["steps"] == 24
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert list((tmp_path / "runs").glob("events*"))
+    assert {"config.json", "model.safetensors", "chat_template.jinja", "generation_config.json"} <= {f.name for f in (tmp_path / "model").iterdir()}
+    load_trainable(toy_recipe(toy, model=str(tmp_path / "model")))
+
+
+def test_a_finished_run_is_returned_and_belongs_to_its_recipe(toy, tmp_path):
+    first = train(toy, tmp_path, max_steps=2)
+    assert train(toy, tmp_path, max_steps=2) == first
+    with pytest.raises(RunError, match="another recipe .*batch 6 → 3"):
+        train(toy, tmp_path, max_steps=2, batch=3)
+
+
+def test_each_part_has_its_learning_rate_and_frozen_ones_stay(toy, tmp_path):
+    before = {n: p.detach().clone() for n, p in load_trainable(toy_recipe(toy, tuning=FULL)).named_parameters()}
+    train(toy, tmp_path, tuning=FULL, part_rates={"projector": 1e-9}, max_steps=2, weight_decay=0)
+    after = dict(load_trainable(toy_recipe(toy, tuning=FULL, model=str(tmp_path / "model"))).named_parameters())
+    moved = {n: (after[n] - p).abs().max().item() for n, p in before.items()}
+    assert all(v == 0 for n, v in moved.items() if "visual.blocks" in n)
+    assert all(v < 1e-7 for n, v in moved.items() if "visual.merger" in n)
+    assert moved["lm_head.weight"] > 1e-4
+
+
+def test_a_file_that_breaks_on_the_way_is_skipped_counted_and_named(toy, tmp_path):
+    recipe = toy_recipe(toy, max_steps=4, data={"data_root": str(tmp_path / "pictures")}, workers=1)
+    fine_tune(recipe, tmp_path / "whole", progress=False)
+    torn = tmp_path / "pictures" / "train-3.jpg"
+    torn.write_bytes(torn.read_bytes()[:-30])
+    report = fine_tune(recipe, tmp_path / "torn", progress=False)
+    skipped = [json.loads(row) for row in (tmp_path / "torn" / "skipped.jsonl").read_text().splitlines()]
+    assert report.skipped == len(skipped) == 1 and (skipped[0]["id"], skipped[0]["kind"]) == ("train-3", "media")
+    whole, rest = losses(tmp_path / "whole"), losses(tmp_path / "torn")
+    assert [a == b for a, b in zip(whole, rest)][: skipped[0]["step"]] == [True] * skipped[0]["step"] and whole != rest
+
+
+def test_a_step_of_which_nothing_is_left_ends_the_run(toy, tmp_path):
+    recipe = toy_recipe(toy, batch=2, max_steps=3, data={"data_root": str(tmp_path / "pictures"), "n": 4})
+    fine_tune(recipe, tmp_path / "whole", progress=False)
+    for picture in (tmp_path / "pictures").iterdir():
+        picture.write_bytes(picture.read_bytes()[:-30])
+    with pytest.raises(NothingLeft, match="step 0: all 2 examples had to be skipped"):
+        fine_tune(recipe, tmp_path / "torn", progress=False)
+
+
+def test_examples_that_are_too_long_are_dropped_and_counted(toy, tmp_path):
+    report = train(toy, tmp_path, max_length=50, max_steps=2)
+    assert "too long" in report.dropped
+    with pytest.raises(DataError, match="none of its 24 examples can be used"):
+        train(toy, tmp_path / "none", max_length=20)
+
+
+def test_an_empty_split_is_refused_before_weights_are_read(toy, tmp_path):
+    recipe = toy_recipe(toy, **{"data": {}})
+    empty = load_recipe("mmwalk/tiny", model=recipe.model, data=[{"task": "toy", "split": "nothing", "settings": {"data_root": str(toy / "pictures")}}])
+    with pytest.raises(DataError, match="its split 'nothing' has no examples"):
+        fine_tune(empty, tmp_path, progress=False)
+
+
+def test_targets_that_match_nothing_are_an_error_with_real_names(toy, tmp_path):
+    with pytest.raises(NoSuchTarget, match="q_proj"):
+        train(toy, tmp_path, **{"tuning.targets": ["wqkv"]})
+
+
+def test_a_loss_that_is_no_number_names_the_rate(toy, tmp_path):
+    with pytest.raises(TrainError, match=r"step \d+: the loss is no longer a number. Change learning_rate \(now 1e\+30\)"):
+        train(toy, tmp_path, tuning=FULL, learning_rate=1e30, warmup=0, max_grad_norm=0, epochs=4)
+
+
+def test_memory_that_runs_out_names_what_to_lower(toy, tmp_path, monkeypatch):
+    def full(*args: object) -> None:
+        torch.empty(2**62, dtype=torch.uint8)
+
+    monkeypatch.setattr(Tuner, "_turn", full)
+    with pytest.raises(TrainError, match=r"out of memory. Lower micro_batch \(now 3\), max_pixels"):
+        train(toy, tmp_path)
+
+
+def test_half_precision_needs_a_gpu(toy, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(RecipeError, match="precision: fp16 needs a GPU"):
+        train(toy, tmp_path, precision="fp16")
+
+
+def test_bf16_and_checkpointing_give_about_the_same_losses(toy, tmp_path):
+    train(toy, tmp_path / "plain", epochs=1)
+    train(toy, tmp_path / "checkpointed", epochs=1, checkpointing=True)
+    train(toy, tmp_path / "half", epochs=1, precision="bf16")
+    plain = losses(tmp_path / "plain")
+    assert losses(tmp_path / "checkpointed") == pytest.approx(plain, rel=1e-5)
+    assert losses(tmp_path / "half") == pytest.approx(plain, rel=0.03) and losses(tmp_path / "half") != plain
+
+
+def test_checkpoints_are_kept_as_told_and_the_best_one_stays(toy, tmp_path):
+    look = [{"task": "toy", "split": "val", "settings": {"data_root": str(toy / "pictures"), "n": 6}}]
+    report = train(toy, tmp_path, save_every=2, eval_every=2, keep=1, best=True, eval_data=look, learning_rate=0.3, schedule="constant", warmup=0, tuning=FULL)
+    seen = {row["step"]: row["eval_loss"] for row in read_log(tmp_path / "log.jsonl") if "eval_loss" in row}
+    assert report.best == min(seen, key=seen.get) and report.metrics["eval_loss"] == min(seen.values())
+    assert {int(f.name.split("-")[1]) for f in checkpoints(tmp_path)} == {12, report.best}
+
+
+def test_training_stops_when_nothing_gets_better(toy, tmp_path):
+    look = [{"task": "toy", "split": "val", "settings": {"data_root": str(toy / "pictures"), "n": 6}}]
+    report = train(toy, tmp_path, eval_every=1, patience=2, eval_data=look, learning_rate=1.0, schedule="constant", warmup=0, tuning=FULL, epochs=20)
+    assert report.steps < report.of and report.finished
+
+
+DISK = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import train_toy
+from pathlib import Path
+from vlm_repro.train.tuner import Tuner
+write = Tuner._write
+def limited(self, part):
+    if self.state.global_step == 8: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+    write(self, part)
+Tuner._write = limited
+train_toy.main({folder!r}, {out!r}, '{{"save_every": 4}}')
+"""
+
+
+def test_a_full_disk_costs_only_the_checkpoint_that_was_being_written(toy, tmp_path):
+    script = DISK.format(tests=str(Path(__file__).parent), folder=str(toy), out=str(tmp_path))
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode and "checkpoint-8 could not be written" in ended.stderr and "checkpoint-4 is whole and will be continued from" in ended.stderr
+    assert last_checkpoint(tmp_path).name == "checkpoint-4" and not list(tmp_path.glob(".checkpoint*"))
+    assert train(toy, tmp_path, save_every=4).resumed == 4
+    assert all(map(math.isfinite, losses(tmp_path))) and len(losses(tmp_path)) == 12
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_a_half_written_checkpoint_is_not_continued_from(toy, tmp_path):
+    train(toy, tmp_path, save_every=4, keep=0)
+    (tmp_path / "training_metrics.json").unlink()
+    for step in (8, 12):
+        torn = tmp_path / f"checkpoint-{step}" / "optimizer.pt"
+        torn.write_bytes(torn.read_bytes()[:-10])
+    before = losses(tmp_path)
+    assert train(toy, tmp_path, save_every=4, keep=0).resumed == 4
+    assert losses(tmp_path) == pytest.approx(before, abs=1e-6)
+
+
+def test_a_checkpoint_of_another_model_is_refused(toy, tmp_path):
+    train(toy, tmp_path, max_steps=2)
+    (tmp_path / "training_metrics.json").unlink()
+    (tmp_path / "recipe.yaml").unlink()
+    with pytest.raises(TrainError, match="checkpoint-2 does not fit the model of this recipe"):
+        train(toy, tmp_path, max_steps=3, **{"tuning.rank": 4})
