@@ -1,0 +1,91 @@
+"""A run that is killed or stopped at a step goes on with the same data, dropout, optimizer and losses."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_toy import main, toy_recipe
+
+from vlm_repro.models.families import random_checkpoint
+from vlm_repro.train.checkpoints import last_checkpoint, step_of
+from vlm_repro.train.loop import fine_tune
+from vlm_repro.train.watch import read_log
+
+FULL = {"method": "full", "parts": ["projector", "language_model", "embeddings", "head"]}
+LORA = {"tuning.dropout": 0.2, "save_every": 3, "workers": 1}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    """A folder with a random model of InternVL's architecture; torch on one thread."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("toy")
+    random_checkpoint("internvl", folder / "model")
+    return folder
+
+
+def history(out: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and learning rate of every step."""
+    return [(row["step"], row["loss"], row["learning_rate"]) for row in read_log(out / "log.jsonl") if "loss" in row]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """What a run ended with."""
+    return load_file(next(f for name in ("adapter", "model") for f in (out / name).glob("*model.safetensors")))
+
+
+def killed(toy: Path, out: Path, changes: dict, step: int, name: str) -> subprocess.CompletedProcess:
+    """A training process that gets a signal in the middle of a step."""
+    words = [sys.executable, str(Path(__file__).with_name("train_toy.py")), str(toy), str(out), json.dumps(changes), str(step), name]
+    return subprocess.run(words, capture_output=True, text=True)
+
+
+def same(a: Path, b: Path) -> None:
+    """Losses and weights of two runs are the same."""
+    left, right = history(a), history(b)
+    assert [step for step, *_ in right] == list(range(1, len(left) + 1))
+    assert [x for _, *rest in right for x in rest] == pytest.approx([x for _, *rest in left for x in rest], abs=1e-6)
+    held, found = weights(a), weights(b)
+    assert held.keys() == found.keys() and max((held[k].float() - found[k].float()).abs().max().item() for k in held) < 1e-6
+
+
+@pytest.mark.parametrize(("step", "left"), [(5, 3), (10, 9)], ids=["second epoch", "third epoch"])
+def test_a_killed_run_repeats_the_losses(toy, tmp_path, step, left):
+    fine_tune(toy_recipe(toy, **LORA), tmp_path / "whole", progress=False)
+    assert killed(toy, tmp_path / "cut", LORA, step, "SIGKILL").returncode == -9
+    assert step_of(last_checkpoint(tmp_path / "cut")) == left
+    report = fine_tune(toy_recipe(toy, **LORA), tmp_path / "cut", progress=False)
+    assert (report.resumed, report.steps, report.finished) == (left, 12, True)
+    same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_stopped_run_saves_its_step_and_ends_without_an_error(toy, tmp_path):
+    fine_tune(toy_recipe(toy, **LORA), tmp_path / "whole", progress=False)
+    ended = killed(toy, tmp_path / "cut", LORA, 4, "SIGTERM")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1]) == {"steps": 5, "finished": False, "resumed": 0}
+    assert not (tmp_path / "cut" / "adapter").exists() and step_of(last_checkpoint(tmp_path / "cut")) == 5
+    assert fine_tune(toy_recipe(toy, **LORA), tmp_path / "cut", progress=False).resumed == 5
+    same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_whole_parts_resume_as_exactly(toy, tmp_path, monkeypatch):
+    from vlm_repro.train.tuner import Tuner
+
+    changes = {"tuning": FULL, "save_every": 3, "part_rates": {"projector": 1e-4}}
+    fine_tune(toy_recipe(toy, **changes), tmp_path / "whole", progress=False)
+    for step in (4, 9):
+        with monkeypatch.context() as m:
+            m.setattr(Tuner, "_turn", Tuner._turn)
+            main(str(toy), str(tmp_path / "cut"), json.dumps(changes), str(step), "SIGTERM")
+    fine_tune(toy_recipe(toy, **changes), tmp_path / "cut", progress=False)
+    same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_can_be_started_anew(toy, tmp_path):
+    first = fine_tune(toy_recipe(toy, max_steps=2), tmp_path, progress=False)
+    again = fine_tune(toy_recipe(toy, max_steps=2), tmp_path, resume=False, progress=False)
+    assert (again.resumed, again.loss) == (0, first.loss) and len(history(tmp_path)) == 2
