@@ -76,11 +76,29 @@ def open_image(
 # %% ../../nbs/core/media.ipynb #15ebffcd
 _QUARTER_TURNS = frozenset({5, 6, 7, 8})
 
+_ORIENTED = ('exif', 'Raw profile type exif', 'XML:com.adobe.xmp', 'xmp')
+_WORDS = (b'eXIf', b'tEXt', b'zTXt', b'iTXt')
+
+def _words_behind_pixels(path:str|Path) -> bool:
+    "Whether a PNG has words after its pixels, which Pillow finds only by decoding."
+    behind = False
+    with open(path, 'rb') as f:
+        f.seek(8)
+        while len(head := f.read(8)) == 8:
+            behind = behind or head[4:] == b'IDAT'
+            if behind and head[4:] in _WORDS: return True
+            f.seek(int.from_bytes(head[:4], 'big') + 4, 1)
+    return False
+
+def _turn(im:Image.Image, path:str|Path) -> int:
+    silent = im.format == 'PNG' and not any(k in im.info for k in _ORIENTED) and not _words_behind_pixels(path)
+    return 1 if silent else im.getexif().get(0x0112, 1)
+
 def image_size(
     path:str|Path, # an image file
 ) -> tuple[int, int]: # width, height in pixels, upright
-    "The size `open_image` will give, from the file's header; raises MediaError as it does."
-    with _labelled(path), Image.open(path) as im: size, turn = im.size, im.getexif().get(0x0112, 1)
+    "The size `open_image` will give, from the file's header; raises MediaError for a file that has none."
+    with _labelled(path), Image.open(path) as im: size, turn = im.size, _turn(im, path)
     return size[::-1] if turn in _QUARTER_TURNS else size
 
 # %% ../../nbs/core/media.ipynb #1911d841
