@@ -162,7 +162,7 @@ def ask_position(scene: Scene, rng: np.random.Generator) -> Question:
 def ask_description(scene: Scene, rng: np.random.Generator) -> Question:
     "M2: describe the surroundings."
     ahead = f" Ahead there is {listing([f'a {name}' for name in scene.hazards])}." if scene.hazards else ""
-    gold = f"You are at a {PLACES[scene.scenario]} in {LOOKS[scene.weather]} with {listing(counted(scene))}. The path {BENDS[scene.action]}.{ahead}"
+    gold = f"You are in {LOOKS[scene.weather]} at a {PLACES[scene.scenario]} with {listing(counted(scene))}. The path {BENDS[scene.action]}.{ahead}"
     return Question("M2", ("Describe what is around me.", "Describe the place that I walk through.")[int(rng.integers(2))], gold)
 
 # %% ../../nbs/mmwalk/questions.ipynb #f086bd64
