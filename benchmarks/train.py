@@ -115,10 +115,10 @@ WAYS: dict[str, Callable[["Recipe", Path], None]] = {"plain": plain, "grouped": 
 # Equal losses, before anything is timed. ------------------------------------------------------------------------------------------------------------------------------------------------
 
 def plain_sums(model: "torch.nn.Module", recipe: "Recipe") -> tuple[float, int, list[int]]:
-    """Summed loss by the model's own loss on padded batches, supervised tokens, and the length of every conversation."""
+    """Summed loss by the model's own loss on padded pairs, supervised tokens, and the length of every conversation."""
     rows, total, items, lengths = Rows(recipe), 0.0, 0, []
-    for start in range(0, len(rows), recipe.batch):
-        batch = rows.collate([rows[i] for i in range(start, min(start + recipe.batch, len(rows)))])
+    for start in range(0, len(rows), 2):
+        batch = rows.collate([rows[i] for i in range(start, min(start + 2, len(rows)))])
         n = int((batch["labels"][:, 1:] != -100).sum())
         total, items = total + model(**batch, use_cache=False).loss.item() * n, items + n
         lengths += batch["attention_mask"].sum(1).tolist()
@@ -261,26 +261,35 @@ def machine() -> dict[str, Any]:
     return {"cpu": sorted(names), "cpus": os.cpu_count(), "threads": 1, "memory_gib": round(memory / 2**30, 1), "system": platform.system(), "python": platform.python_version()}
 
 
-def measure(sizes: "Sizes", batch: int, rounds: int, ways: list[str], work: Callable[[dict[str, Any]], dict[str, Any]] = child) -> dict[str, Any]:
-    """Check, then time."""
+def check(known: dict[str, Any]) -> None:
+    """Refuse to time what does not compute the same."""
+    equal = known["equal"]
+    print(f"summed loss {equal['plain']:.4f} plain, {equal['ours']:.4f} ours, {equal['relative']:.1e} apart; {equal['without_isolation']:.4f} if packed conversations saw each other", flush=True)
+    if equal["relative"] > TOLERANCE or not equal["same_tokens"]: raise SystemExit("the losses differ, so times mean nothing")
+
+
+def one_round(k: int, ways: list[str], job: dict[str, Any], work: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Every way once, in turns that change their order from round to round."""
+    row = {}
+    for way in (ways if k % 2 == 0 else ways[::-1]):
+        row[way] = work({"do": way, **job})
+        print(f"round {k + 1}  {way:8}{row[way]['epoch_cpu_s']:8.1f} s CPU {row[way]['epoch_wall_s']:8.1f} s wall  {row[way]['peak_bytes'] / 2**30:5.2f} GiB  "
+              f"load {row[way]['load_before'][0]:.1f}", flush=True)
+    return row
+
+
+def measure(sizes: "Sizes", batch: int, rounds: int, ways: list[str], work: Callable[[dict[str, Any]], dict[str, Any]] = child) -> Iterator[dict[str, Any]]:
+    """Check, then time; the result so far after every round."""
+    begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as held:
-        folder = Path(held) / "set"
-        begun = datetime.now(timezone.utc)
-        known = work({"do": "prepare", "folder": str(folder), "sizes": asdict(sizes), "batch": batch})
-        equal = known["equal"]
-        print(f"summed loss {equal['plain']:.4f} plain, {equal['ours']:.4f} ours, {equal['relative']:.1e} apart; {equal['without_isolation']:.4f} if packed conversations saw each other", flush=True)
-        if equal["relative"] > TOLERANCE or not equal["same_tokens"]: raise SystemExit("the losses differ, so times mean nothing")
-        done = []
+        job, done = {"folder": str(Path(held) / "set"), "batch": batch}, []
+        known = work({"do": "prepare", "sizes": asdict(sizes), **job})
+        check(known)
         for k in range(rounds):
-            row = {}
-            for way in (ways if k % 2 == 0 else ways[::-1]):
-                row[way] = work({"do": way, "folder": str(folder), "batch": batch})
-                print(f"round {k + 1}  {way:8}{row[way]['epoch_cpu_s']:8.1f} s CPU {row[way]['epoch_wall_s']:8.1f} s wall  {row[way]['peak_bytes'] / 2**30:5.2f} GiB  "
-                      f"load {row[way]['load_before'][0]:.1f}", flush=True)
-            done.append(row)
-    return {"what": "one epoch of fine-tuning: the plain trainer, and ours", "command": "python benchmarks/" + " ".join([Path(__file__).name, *sys.argv[1:]]), "begun": begun.isoformat(timespec="seconds"),
-            "machine": machine(), "versions": {p: version(p) for p in PACKAGES}, "sizes": asdict(sizes), "batch": batch, **known, "summary": summary(done, ways, known["data"]),
-            "ratios": {base: ratios(done, base) for base in ways if base != "ours"}, "rounds": done}
+            done.append(one_round(k, ways, job, work))
+            yield {"what": "one epoch of fine-tuning: the plain trainer, and ours", "command": "python benchmarks/" + " ".join([Path(__file__).name, *sys.argv[1:]]), "begun": begun,
+                   "machine": machine(), "versions": {p: version(p) for p in PACKAGES}, "sizes": asdict(sizes), "batch": batch, **known, "summary": summary(done, ways, known["data"]),
+                   "ratios": {base: ratios(done, base) for base in ways if base != "ours"}, "rounds": done}
 
 
 # The table. -----------------------------------------------------------------------------------------------------------------------------------------------------------------------------
@@ -321,12 +330,17 @@ def table(held: dict[str, Any], claims: dict[str, Any]) -> str:
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows), "", about, "", f"    {held['command']}"])
 
 
+def put(page: Path, mark: str, text: str) -> None:
+    """Put a text between its marks in a page."""
+    before, rest = page.read_text(encoding="utf-8").split(f"<!-- {mark} -->", 1)
+    page.write_text(f"{before}<!-- {mark} -->\n{text}\n<!-- /{mark} -->{rest.split(f'<!-- /{mark} -->', 1)[1]}", encoding="utf-8")
+
+
 def write_table(results: Path, page: Path) -> str:
-    """Put the table between its marks in the README."""
+    """Put the table into the README."""
     claims = json.loads((HERE / "predictions.json").read_text(encoding="utf-8"))["train"]["claims"]
     text = table(json.loads(results.read_text(encoding="utf-8")), claims)
-    before, rest = page.read_text(encoding="utf-8").split("<!-- train -->", 1)
-    page.write_text(f"{before}<!-- train -->\n{text}\n<!-- /train -->{rest.split('<!-- /train -->', 1)[1]}", encoding="utf-8")
+    put(page, "train", text)
     return text
 
 
@@ -354,8 +368,8 @@ def main() -> None:
     options = arguments()
     if options.table: return print(write_table(HERE / "results" / "train.json", HERE / "README.md"))
     if options.job: return options.out.write_text(json.dumps(run_job(options.job)), encoding="utf-8") and None
-    result = measure(sizes_of(options.size), options.batch, options.rounds, options.ways, run_job if options.together else child)
-    if options.out: options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for result in measure(sizes_of(options.size), options.batch, options.rounds, options.ways, run_job if options.together else child):
+        if options.out: options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result["ratios"]))
 
 
