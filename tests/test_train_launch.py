@@ -11,11 +11,12 @@ from vlm_repro.train.launch import LaunchError, Machines, launch, launch_plan, s
 from vlm_repro.train.recipe import load_recipe
 from vlm_repro.train.watch import read_log
 
-SMALL = ["-p", "data.settings.limit", "1", "-p", "eval_data", "[]", "-p", "batch", "4", "-p", "max_steps", "2", "-p", "log_every", "1"]
+SMALL = ["-p", "data.settings.limit", "1", "-p", "eval_data", "[]", "-p", "batch", "4", "-p", "max_steps", "2", "-p", "log_every", "1",
+         "-p", "tuning", '{"method": "lora", "rank": 4}', "-p", "data.settings.categories", "E1"]
 
 
 def test_print_shows_recipe_folder_and_command_and_writes_nothing(tmp_path, capsys):
-    assert main(["train", "mmwalk/tiny", "--nproc", "2", "--out", str(tmp_path / "run"), "--print", "-p", "tuning.rank", "4"]) == 0
+    assert main(["train", "mmwalk/tiny", "--nproc", "2", "--out", str(tmp_path / "run"), "--print", "-p", "learning_rate", "4e-4"]) == 0
     said = capsys.readouterr().out
     assert "this call" in said and "--nproc-per-node 2" in said and str(tmp_path / "run") in said
     assert not (tmp_path / "run").exists()

@@ -25,6 +25,11 @@ class Settings:
     text_every: int = 0
 
 
+TOY = {"eval_data": [], "tuning": {"method": "lora", "rank": 16, "alpha": 32, "targets": "language_model"}, "learning_rate": 1e-3, "part_rates": {}, "batch": 6, "micro_tokens": 0,
+       "micro_batch": 3, "epochs": 3, "max_steps": 0, "schedule": "cosine", "warmup": 0.1, "weight_decay": 0, "precision": "fp32", "checkpointing": False, "max_length": 1024, "packing": True,
+       "max_pixels": 0, "log_every": 1, "save_every": "epoch", "eval_every": "epoch", "keep": 1, "metric": "loss", "best": False, "workers": 0, "report": [], "seed": 0}
+
+
 def picture(path: Path, colour: str, width: int) -> None:
     """Draw one picture, unless it is there; several processes may try at once."""
     if path.exists():
@@ -64,7 +69,7 @@ TASKS["toy"] = "train_toy"
 def toy_recipe(folder: Path, **changes: object) -> Recipe:
     """A recipe on the pictures; `folder` holds `model/` and gets `pictures/`."""
     data = {"task": "toy", "settings": {"data_root": str(folder / "pictures"), **changes.pop("data", {})}}
-    base = {"model": str(folder / "model"), "data": [data], "eval_data": [], "batch": 6, "micro_tokens": 0, "micro_batch": 3, "epochs": 3, "log_every": 1, "report": []}
+    base = {"model": str(folder / "model"), "data": [data], **TOY}
     return load_recipe("mmwalk/tiny", **{**base, **changes})
 
 

@@ -29,8 +29,8 @@ from .data import Pool, pool, set_aside
 from .feed import Feed, loader
 from .loss import supervised_loss
 from .order import Order
-from .recipe import Lora, Recipe, change, identity, load_recipe, recipe_rows, save_recipe
-from .setup import load_processor, load_trainable, name_accelerator, splits_weights, training_arguments
+from .recipe import Lora, Recipe, RecipeError, change, identity, load_recipe, recipe_rows, save_recipe
+from .setup import forget_deepspeed, load_processor, load_trainable, name_accelerator, splits_weights, training_arguments
 from .tuner import Run, Tuner
 from .watch import Log, Stop, explained, on_sigterm, read_log
 
@@ -131,13 +131,15 @@ def fine_tune(
     "Trains, or goes on, or returns what is finished; raises TrainError with advice, RunError for a folder of another recipe, DataError."
     recipe, out = recipe if isinstance(recipe, Recipe) else load_recipe(recipe), Path(out).resolve()
     name_accelerator()
+    _check_trackers(recipe)
     rank, world = _world()
     out.mkdir(parents=True, exist_ok=True)
     _claim(recipe, out)
     if resume and (done := report_of(out)): return done
     with _alone(out, rank), on_sigterm() as stop:
         if rank == 0: save_recipe(recipe, out/'recipe.yaml')
-        return _train(recipe, out, stop, resume, progress and rank == 0, rank, world)
+        try: return _train(recipe, out, stop, resume, progress and rank == 0, rank, world)
+        finally: forget_deepspeed()
 
 def _train(recipe:Recipe, out:Path, stop:Stop, resume:bool, shown:bool, rank:int, world:int) -> TrainReport:
     preparer = load_processor(recipe)
@@ -173,6 +175,11 @@ def _trackers(tuner:Tuner, recipe:Recipe, out:Path, start:int) -> None:
         from torch.utils.tensorboard import SummaryWriter
         tuner.add_callback(TensorBoardCallback(SummaryWriter(str(out/'runs'), purge_step=start or None)))
     if 'wandb' in recipe.report: tuner.add_callback(WandbCallback())
+
+def _check_trackers(recipe:Recipe) -> None:
+    from importlib.util import find_spec
+    for name in recipe.report:
+        if find_spec(name) is None: raise RecipeError(f'report: {name} is not installed; run `pip install {name}`, or take it out of the list')
 
 # %% ../../nbs/train/loop.ipynb #584375fa
 def _run(tuner:Tuner, last:Path|None, found:Pool) -> TrainReport:

@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/train/setup.html.md"""
 
 # %% auto #0
 __all__ = ['name_accelerator', 'base_folder', 'load_processor', 'weights_dtype', 'add_lora', 'load_trainable', 'part_rates',
-           'deepspeed_file', 'start_deepspeed', 'splits_weights', 'training_arguments']
+           'deepspeed_file', 'start_deepspeed', 'forget_deepspeed', 'splits_weights', 'training_arguments']
 
 # %% ../../nbs/train/setup.ipynb #2de0d5ea
 import os
@@ -130,6 +130,11 @@ def start_deepspeed() -> None:
             s.bind(('127.0.0.1', 0))
             os.environ |= {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(s.getsockname()[1])}
     deepspeed.init_distributed(dist_backend='gloo' if cpu else 'nccl', verbose=False)
+
+def forget_deepspeed() -> None:
+    "Ends DeepSpeed's hold on how models are loaded, so that the next one in this process is whole."
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    unset_hf_deepspeed_config()
 
 # %% ../../nbs/train/setup.ipynb #184e0185
 def splits_weights(

@@ -1,0 +1,80 @@
+"""Two processes on one machine: the losses of one process, whoever splits what, and weights that load."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from train_toy import toy_recipe
+
+from vlm_repro.models.families import random_checkpoint
+from vlm_repro.models.transformers import add_adapter, load_net
+from vlm_repro.train.checkpoints import last_checkpoint
+from vlm_repro.train.loop import fine_tune
+from vlm_repro.train.watch import read_log
+
+FULL = {"method": "full", "parts": ["projector", "language_model", "embeddings", "head"]}
+TEXT = {"n": 26, "text_every": 2}
+KINDS = {"lora": {}, "whole": {"tuning": FULL}}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    """A folder with a random model, and the runs of one process on it."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("toy")
+    random_checkpoint("qwen2_vl", folder / "model")
+    for name, kind in KINDS.items():
+        fine_tune(toy_recipe(folder, **changes(kind)), folder / name, progress=False)
+    return folder
+
+
+def changes(kind: dict, **more: object) -> dict:
+    """What differs from the toy recipe."""
+    return {**kind, "data": TEXT, "micro_batch": 2, "epochs": 1, "save_every": 2, **more}
+
+
+def two(toy: Path, out: Path, what: dict, *more: str) -> subprocess.CompletedProcess:
+    """Two processes under torchrun."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(Path(__file__).with_name("train_toy.py")), str(toy), str(out), json.dumps(what), *more]
+    return subprocess.run(words, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def losses(out: Path) -> list[float]:
+    """The loss of every step."""
+    return [row["loss"] for row in read_log(out / "log.jsonl") if "loss" in row]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", [None, 2, 3], ids=["no DeepSpeed", "ZeRO-2", "ZeRO-3"])
+def test_two_processes_have_the_losses_of_one(toy, tmp_path, stage, kind):
+    done = two(toy, tmp_path, changes(KINDS[kind], **({"deepspeed": {"stage": stage}} if stage else {})))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path) == pytest.approx(losses(toy / kind), rel=1e-4) and len(losses(tmp_path)) == 5
+    loads_as_that_of_one(toy, tmp_path, kind)
+
+
+def loads_as_that_of_one(toy: Path, out: Path, kind: str) -> None:
+    """The saved weights load, and are those of one process."""
+    if kind == "lora":
+        found, held = (add_adapter(load_net(toy / "model", True, "float32", "cpu"), place / "adapter") for place in (out, toy / kind))
+    else:
+        found, held = (load_net(place / "model", True, "float32", "cpu") for place in (out, toy / kind))
+    pairs = zip(found.named_parameters(), held.parameters(), strict=True)
+    assert max((a - b).abs().max().item() for (_, a), b in pairs) < 1e-3
+    trained = {n for n, p in found.named_parameters() if "lora" in n} if kind == "lora" else {"lm_head.weight"}
+    base = dict(load_net(toy / "model", True, "float32", "cpu").named_parameters())
+    assert trained and all(n not in base or not torch.equal(dict(found.named_parameters())[n], base[n]) for n in trained)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_that_are_stopped_go_on_as_if_nothing_was(toy, tmp_path, stage):
+    what = changes({}, deepspeed={"stage": stage})
+    stopped = two(toy, tmp_path, what, "2", "SIGTERM")
+    assert stopped.returncode == 0, stopped.stderr[-3000:]
+    assert last_checkpoint(tmp_path).name == "checkpoint-3"
+    assert two(toy, tmp_path, what).returncode == 0
+    assert losses(tmp_path) == pytest.approx(losses(toy / "lora"), rel=1e-4) and len(losses(tmp_path)) == 5
