@@ -207,9 +207,9 @@ def ask_pedestrian(clip: Clip, rng: np.random.Generator) -> Question:
 
 # %% ../../nbs/roadbuddy/questions.ipynb #30678cb8
 FAMILIES: dict[str, tuple[Callable[[Clip, np.random.Generator], Question | None], float]] = {
-    "light": (ask_light, 1.0), "light_is": (ask_light_is, 0.7), "light_change": (ask_light_change, 0.4), "sign": (ask_sign, 1.2), "sign_is": (ask_sign_is, 0.8), "speed": (ask_speed, 1.0),
-    "turn": (ask_turn, 1.0), "weather": (ask_weather, 0.6), "lane": (ask_lane, 0.8), "change_lane": (ask_change_lane, 0.6), "vehicle": (ask_vehicle, 0.8), "colour": (ask_colour, 4.0),
-    "brake": (ask_brake, 1.2), "pedestrian": (ask_pedestrian, 0.7),
+    "light": (ask_light, 1.0), "light_is": (ask_light_is, 0.7), "light_change": (ask_light_change, 0.25), "sign": (ask_sign, 1.2), "sign_is": (ask_sign_is, 0.8), "speed": (ask_speed, 1.0),
+    "turn": (ask_turn, 1.0), "weather": (ask_weather, 0.6), "lane": (ask_lane, 0.8), "change_lane": (ask_change_lane, 0.6), "vehicle": (ask_vehicle, 0.8), "colour": (ask_colour, 8.0),
+    "brake": (ask_brake, 0.6), "pedestrian": (ask_pedestrian, 0.7),
 }
 COUNTS = (0.09, 0.45, 0.24, 0.12, 0.07, 0.03)  # shares of clips with one to six questions
 
