@@ -134,7 +134,7 @@ def training_recipe(
     "The recipe of a run on the run's own model, data and form of question; raises RecipeError for one that does not exist, with near names."
     from vlm_repro.train.paper import paper_recipe
     shown = {f.name: getattr(settings, f.name) for f in fields(PromptSettings)}
-    return paper_recipe('mmwalk', settings.recipe, settings.model, {'data_root': str(data_folder(settings)), **shown})
+    return paper_recipe('mmwalk', settings.recipe, settings.model, {'data_root': settings.data_root, 'shots': FINETUNED, **shown})
 
 # %% ../../nbs/mmwalk/task.ipynb #639a868c
 def extract_answers(

@@ -166,7 +166,7 @@ def training_recipe(
     "The recipe of a run on the run's own model, data and form of question; raises RecipeError for one that does not exist, with near names."
     from vlm_repro.train.paper import paper_recipe
     shown = {name: getattr(settings, name) for name in _SHARED}
-    return paper_recipe('roadbuddy', settings.recipe, settings.model, {'data_root': str(data_folder(settings)), **shown})
+    return paper_recipe('roadbuddy', settings.recipe, settings.model, {'data_root': settings.data_root, **shown})
 
 # %% ../../nbs/roadbuddy/task.ipynb #f2cd39a7
 def extract_answers(
