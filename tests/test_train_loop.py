@@ -210,3 +210,17 @@ def test_a_checkpoint_of_another_model_is_refused(toy, tmp_path):
     (tmp_path / "recipe.yaml").unlink()
     with pytest.raises(TrainError, match="checkpoint-2 does not fit the model of this recipe"):
         train(toy, tmp_path, max_steps=3, **{"tuning.rank": 4})
+
+
+@pytest.mark.slow
+def test_the_metric_of_the_paper_is_measured_between_steps_and_chooses(tmp_path):
+    few = {"data.settings.limit": 12, "eval_data.settings.limit": 6}
+    recipe = load_recipe("roadbuddy/tiny", epochs=1, max_steps=2, batch=6, eval_every=1, save_every=1, keep=0, metric="accuracy", best=True, report=[], **few)
+    report = fine_tune(recipe, tmp_path, progress=False)
+    seen = {row["step"]: row["eval_accuracy"] for row in read_log(tmp_path / "log.jsonl") if "eval_accuracy" in row}
+    assert set(seen) == {1, 2} and all(v * 6 == pytest.approx(round(v * 6)) for v in seen.values())
+    assert report.best == max(seen, key=lambda k: (seen[k], -k)) and report.metrics["eval_accuracy"] == max(seen.values())
+    answers = [json.loads(row) for row in (tmp_path / "eval" / "step-2" / "0-roadbuddy-0" / "predictions.jsonl").read_text().splitlines()]
+    assert len(answers) == 6 and not any(a["error"] for a in answers)
+    with pytest.raises(RecipeError, match="did you mean 'accuracy'"):
+        fine_tune(load_recipe("roadbuddy/tiny", epochs=1, max_steps=1, batch=6, metric="acuracy", report=[], **few), tmp_path / "odd", progress=False)

@@ -52,7 +52,7 @@ def same(a: Path, b: Path) -> None:
     assert held.keys() == found.keys() and max((held[k].float() - found[k].float()).abs().max().item() for k in held) < 1e-6
 
 
-@pytest.mark.parametrize(("step", "left"), [(5, 3), (10, 9)], ids=["second epoch", "third epoch"])
+@pytest.mark.parametrize(("step", "left"), [(5, 3), pytest.param(10, 9, marks=pytest.mark.slow)], ids=["second epoch", "third epoch"])
 def test_a_killed_run_repeats_the_losses(toy, tmp_path, step, left):
     fine_tune(toy_recipe(toy, **LORA), tmp_path / "whole", progress=False)
     assert killed(toy, tmp_path / "cut", LORA, step, "SIGKILL").returncode == -9
@@ -62,6 +62,7 @@ def test_a_killed_run_repeats_the_losses(toy, tmp_path, step, left):
     same(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_saves_its_step_and_ends_without_an_error(toy, tmp_path):
     fine_tune(toy_recipe(toy, **LORA), tmp_path / "whole", progress=False)
     ended = killed(toy, tmp_path / "cut", LORA, 4, "SIGTERM")
