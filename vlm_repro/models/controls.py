@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core.records import Request
 from ..core.parts import part_size
+from ..core.records import Request
 
 # %% ../../nbs/models/controls.ipynb #e15b085c
 GREY = (128, 128, 128) # of every pixel of a blank image
