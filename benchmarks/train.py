@@ -324,8 +324,8 @@ def table(held: dict[str, Any], claims: dict[str, Any]) -> str:
     loads = [row[way]["load_before"][0] for row in held["rounds"] for way in row]
     about = (f"{data['examples']} conversations, {data['tokens']:,} tokens, {data['supervised']:,} supervised; {held['batch']} a step; {held['sizes']['vocabulary']:,} rows in the head. "
              f"Summed losses {equal['relative']:.1e} apart before the first round. {held['begun'][:10]}, {', '.join(held['machine']['cpu'])}, {held['machine']['threads']} thread, "
-             f"load average {min(loads):.1f} to {max(loads):.1f}; torch {held['versions']['torch']}, transformers {held['versions']['transformers']}. Median of {len(held['rounds'])} rounds "
-             f"(least–most).")
+             f"load average {min(loads):.1f} to {max(loads):.1f}; torch {held['versions']['torch']}, transformers {held['versions']['transformers']}. {len(held['rounds'])} of the "
+             f"rounds that the command asks for were run; median (least–most).")
     line = lambda cells: "| " + " | ".join(cells) + " |"
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows), "", about, "", f"    {held['command']}"])
 
