@@ -87,6 +87,10 @@ def test_whole_parts_resume_as_exactly(toy, tmp_path, monkeypatch):
 
 
 def test_a_run_can_be_started_anew(toy, tmp_path):
-    first = fine_tune(toy_recipe(toy, max_steps=2), tmp_path, progress=False)
-    again = fine_tune(toy_recipe(toy, max_steps=2), tmp_path, resume=False, progress=False)
+    first = fine_tune(toy_recipe(toy, max_steps=2, save_every=1, keep=0), tmp_path, progress=False)
+    (tmp_path / "checkpoint-2" / "old").touch()
+    again = fine_tune(toy_recipe(toy, max_steps=2, save_every="epoch", keep=0), tmp_path / "other", progress=False)
+    assert again.loss == first.loss
+    again = fine_tune(toy_recipe(toy, max_steps=2, save_every=1, keep=0), tmp_path, resume=False, progress=False)
     assert (again.resumed, again.loss) == (0, first.loss) and len(history(tmp_path)) == 2
+    assert not (tmp_path / "checkpoint-2" / "old").exists()

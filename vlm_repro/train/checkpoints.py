@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/train/checkpoints.html.md"""
 
 # %% auto #0
 __all__ = ['MARKER', 'PREFIX', 'CheckpointError', 'mark', 'is_whole', 'about', 'step_of', 'checkpoints', 'last_checkpoint',
-           'scratch', 'begin', 'finish', 'writing', 'rotate']
+           'scratch', 'begin', 'finish', 'writing', 'rotate', 'remove']
 
 # %% ../../nbs/train/checkpoints.ipynb #f774dd61
 import json
@@ -126,10 +126,12 @@ def rotate(
     for f in out.glob(f'.{PREFIX}*.part'): shutil.rmtree(f, ignore_errors=True)
     whole = checkpoints(out)
     old = [f for f in whole[:-keep] if step_of(f) != best] if keep else []
-    for f in old: _remove(f)
+    for f in old: remove(f)
     return [f.name for f in old]
 
-def _remove(folder:Path) -> None:
-    "The marker goes first, so that a removal that is broken off leaves nothing that looks whole."
+def remove(
+    folder:Path, # a checkpoint
+) -> None:
+    "Removes a checkpoint. The marker goes first, so that a removal that is broken off leaves nothing that looks whole."
     (folder/MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

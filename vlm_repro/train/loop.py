@@ -24,7 +24,7 @@ from ..core.text import columns
 from ..models.inputs import Preparer
 from .assess import paper_metric
 from .batches import Collator
-from .checkpoints import last_checkpoint, step_of
+from .checkpoints import checkpoints, last_checkpoint, remove, step_of
 from .data import Pool, pool, set_aside
 from .feed import Feed, loader
 from .loss import supervised_loss
@@ -87,6 +87,11 @@ def _alone(out:Path, rank:int) -> Iterator[None]:
         try: yield
         finally: lock.release()
 
+def _empty(out:Path) -> None:
+    "Removes what an earlier run of the recipe left, so that nothing of it is ever continued from."
+    for folder in checkpoints(out): remove(folder)
+    for name in ('training_metrics.json', 'eval_results.json', 'log.jsonl', 'skipped.jsonl'): (out/name).unlink(missing_ok=True)
+
 def report_of(
     out:str|Path, # a run's folder
 ) -> TrainReport|None: # None while it is not finished
@@ -137,6 +142,7 @@ def fine_tune(
     _claim(recipe, out)
     if resume and (done := report_of(out)): return done
     with _alone(out, rank), on_sigterm() as stop:
+        if rank == 0 and not resume: _empty(out)
         if rank == 0: save_recipe(recipe, out/'recipe.yaml')
         try: return _train(recipe, out, stop, resume, progress and rank == 0, rank, world)
         finally: forget_deepspeed()
