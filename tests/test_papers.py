@@ -11,12 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT/'papers'/'mmwalk.ipynb'
+ROADBUDDY = ROOT/'papers'/'roadbuddy.ipynb'
 FULL = [(shots, views) for shots in (0, 1, 3) for views in ('normal', 'single', 'dog+', 'drone+')]
 
 
-def _command(out: Path, **params) -> list[str]:
+def _command(out: Path, notebook: Path = NOTEBOOK, **params) -> list[str]:
     given = [x for k, v in {'out': str(out), **params}.items() for x in ('-p', k, str(v))]
-    return [sys.executable, '-m', 'papermill', str(NOTEBOOK), str(out/'notebook.ipynb'), '--log-output', '--no-progress-bar', *given]
+    return [sys.executable, '-m', 'papermill', str(notebook), str(out/'notebook.ipynb'), '--log-output', '--no-progress-bar', *given]
 
 
 def _run(out: Path, **params) -> dict:
@@ -37,6 +38,37 @@ def test_short(tmp_path, shots, views):
     assert manifest['settings']['views'] == views and manifest['provenance'] == {'ours': 4}
     table = (tmp_path/'table.csv').read_text(encoding='utf-8')
     assert 'cannot be judged' in table and 'as_published' in table
+
+
+@pytest.mark.parametrize('read', ['text', 'likelihood'])
+def test_roadbuddy_short(tmp_path, read):
+    manifest = _run(tmp_path, notebook=ROADBUDDY, recipe='', limit=6, split_by='source', read=read)
+    assert manifest['n'] == 6 and not manifest['errors'] and manifest['watermark']
+    assert (tmp_path/'upstream'/'submission.csv').read_text(encoding='utf-8').startswith('id,answer\n')
+    assert 'cannot be judged' in (tmp_path/'table.csv').read_text(encoding='utf-8')
+
+
+def _column(path: Path, variant: str = 'corrected') -> dict[str, float]:
+    rows = (json.loads(line) for line in path.read_text(encoding='utf-8').splitlines())
+    return {r['id']: r['values'][0] for r in rows if r['variant'] == variant and r['values']}
+
+
+@pytest.mark.papers
+def test_mmwalk_finetuned_helps_where_it_was_taught(tmp_path):
+    manifest = _run(tmp_path, shots='finetuned', categories='M2')
+    before, after = (_column(folder/'scores.jsonl') for folder in (tmp_path/'before', tmp_path))
+    assert not manifest['errors'] and before.keys() == after.keys()
+    assert sum(after.values())/len(after) > sum(before.values())/len(before) + .5  # grades from 1 to 5
+    assert (tmp_path/'training'/'training_metrics.json').exists()
+
+
+@pytest.mark.papers
+def test_roadbuddy_finetuned_learns_a_kind_it_was_not_taught(tmp_path):
+    from vlm_repro.roadbuddy.questions import family_of
+    _run(tmp_path, notebook=ROADBUDDY)
+    asked = {r['id']: family_of(r['question']) for r in map(json.loads, (tmp_path/'samples.jsonl').read_text(encoding='utf-8').splitlines())}
+    before, after = ({i: v for i, v in _column(folder/'scores.jsonl', 'corrected').items() if asked[i] == 'colour'} for folder in (tmp_path/'before', tmp_path))
+    assert len(before) >= 8 and sum(after.values()) > sum(before.values())
 
 
 @pytest.mark.papers
