@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vlm_repro.cli import main
+from vlm_repro.train.checkpoints import last_checkpoint, step_of
 from vlm_repro.train.launch import LaunchError, Machines, launch, launch_plan, slurm_script, stream, torchrun, train_folder
 from vlm_repro.train.recipe import load_recipe
 from vlm_repro.train.watch import read_log
@@ -92,3 +93,20 @@ def test_two_processes_train_and_their_log_is_streamed(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "--nproc-per-node 2" in said and "step 2/2" in said
     assert [row["step"] for row in read_log(Path(tmp_path) / "log.jsonl")] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_command_reaches_every_process_and_the_same_command_goes_on(tmp_path):
+    words = [str(Path(sys.executable).with_name("vlm-repro")), "train", "mmwalk/tiny", *SMALL, "-p", "data.settings.limit", "4", "-p", "max_steps", "40", "-p", "epochs", "40", "-p", "save_every", "never",
+             "--nproc", "2", "--out", str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "step 3/40" in line:
+                process.terminate()
+    assert process.returncode, "".join(said)
+    reached = step_of(last_checkpoint(tmp_path))
+    assert 3 <= reached < 40 and not (tmp_path / "adapter").exists()
+    ended = subprocess.run([*words, "-p", "log_every", "2"], capture_output=True, text=True)
+    assert ended.returncode == 0 and f"going on from step {reached}" in ended.stdout and "step 40/40" in ended.stdout

@@ -14,8 +14,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,12 @@ def _program() -> str:
     beside = Path(sys.executable).with_name('vlm-repro')
     return str(beside) if beside.exists() else shutil.which('vlm-repro') or 'vlm-repro'
 
+def _patience() -> list[str]:
+    "Time for a checkpoint after a signal, where this torchrun lets one say so; older ones give half a minute."
+    found = find_spec('torch')
+    runner = Path(found.submodule_search_locations[0])/'distributed'/'run.py' if found else Path('none')
+    return ['--shutdown-timeout', '600'] if runner.exists() and '--shutdown-timeout' in runner.read_text(encoding='utf-8') else []
+
 def torchrun(
     machines:Machines, # processes and machines
     recipe:str|Path, # a file, the same for every process
@@ -57,7 +66,7 @@ def torchrun(
 ) -> list[str]: # words of a command
     "What starts the processes of one machine."
     where = ['--standalone'] if machines.nnodes == 1 else ['--nnodes', str(machines.nnodes), '--rdzv-backend', 'c10d', '--rdzv-endpoint', machines.meet]
-    return [sys.executable, '-m', 'torch.distributed.run', *where, '--nproc-per-node', str(machines.nproc), '--no-python', _program(), 'train', str(recipe), '--out', str(out)]
+    return [sys.executable, '-m', 'torch.distributed.run', *where, *_patience(), '--nproc-per-node', str(machines.nproc), '--no-python', _program(), 'train', str(recipe), '--out', str(out)]
 
 # %% ../../nbs/train/launch.ipynb #216b17a9
 SLURM = {'time': 1440, 'signal_before_s': 120}
@@ -84,7 +93,7 @@ def slurm_command(
     "What one machine of the job runs."
     first = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
     place = f'--nnodes {machines.nnodes} --node-rank "$SLURM_NODEID" --master-addr "{first}" --master-port "$((20000 + SLURM_JOB_ID % 20000))"'
-    rest = shlex.join(['--nproc-per-node', str(machines.nproc), '--no-python', _program(), 'train', str(recipe), '--out', str(out)])
+    rest = shlex.join([*_patience(), '--nproc-per-node', str(machines.nproc), '--no-python', _program(), 'train', str(recipe), '--out', str(out)])
     return ['bash', '-c', f'exec {shlex.quote(sys.executable)} -m torch.distributed.run {place} {rest}']
 
 def slurm_script(
@@ -115,6 +124,16 @@ def submit(
 class LaunchError(TrainError):
     "Processes that ended with an error: which command, and the last they said."
 
+@contextmanager
+def _passing_on(process:subprocess.Popen) -> Iterator[None]:
+    "A SIGTERM to this process goes to the command; a thread that is not the main one cannot take it."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(signal.SIGTERM))
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before)
+
 def stream(
     words:Sequence[str], # a command
     keep:int=20, # last lines to show again when it fails
@@ -123,9 +142,10 @@ def stream(
     said:list[str] = []
     with subprocess.Popen(list(words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1) as process:
         try:
-            for text in process.stdout:
-                print(text, end='', flush=True)
-                said = [*said, text][-keep:]
+            with _passing_on(process):
+                for text in process.stdout:
+                    print(text, end='', flush=True)
+                    said = [*said, text][-keep:]
         except KeyboardInterrupt:
             process.send_signal(signal.SIGTERM)
             process.wait()
