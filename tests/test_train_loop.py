@@ -223,4 +223,5 @@ def test_the_metric_of_the_paper_is_measured_between_steps_and_chooses(tmp_path)
     answers = [json.loads(row) for row in (tmp_path / "eval" / "step-2" / "0-roadbuddy-0" / "predictions.jsonl").read_text().splitlines()]
     assert len(answers) == 6 and not any(a["error"] for a in answers)
     with pytest.raises(RecipeError, match="did you mean 'accuracy'"):
-        fine_tune(load_recipe("roadbuddy/tiny", epochs=1, max_steps=1, batch=6, metric="acuracy", report=[], **few), tmp_path / "odd", progress=False)
+        fine_tune(load_recipe("roadbuddy/tiny", epochs=1, max_steps=1, batch=6, eval_every=1, metric="acuracy", report=[], **few), tmp_path / "odd", progress=False)
+    assert not read_log(tmp_path / "odd" / "log.jsonl"), "known before the first step"

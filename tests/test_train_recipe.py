@@ -83,6 +83,7 @@ def test_what_a_recipe_trains_is_there_on_the_genuine_architecture(name):
     ({"packing": "yes"}, "packing: 'yes' should be true or false"),
     ({"save_every": "sometimes"}, "save_every: 'sometimes' is not possible; give a number of steps, epoch or never"),
     ({"micro_tokens": 100}, "micro_tokens: 100 is less than max_length"),
+    ({"best": True}, "best: True needs something to look at; give eval_data and eval_every"),
     ({"data": []}, "data: a recipe needs at least one source"),
 ])
 def test_a_value_that_cannot_be_is_refused_with_what_can(changes, said):

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from transformers import TrainerCallback
 
 from ..core.runs import RunError
 from ..core.text import columns
 from ..models.inputs import Preparer
-from .assess import paper_metric
+from .assess import paper_metric, try_metric
 from .batches import Collator
 from .checkpoints import checkpoints, last_checkpoint, remove, step_of
 from .data import Pool, pool, set_aside
@@ -161,6 +162,7 @@ def _train(recipe:Recipe, out:Path, stop:Stop, resume:bool, shown:bool, rank:int
     run = Run(recipe, out, Feed(found, order, preparer, collate, rank), log, stop, _looker(recipe, preparer, collate, out, rank, world))
     tuner = Tuner(run, model, args, preparer, start)
     _trackers(tuner, recipe, out, start)
+    tuner.add_callback(_Trial(tuner))
     return _run(tuner, last, found)
 
 # %% ../../nbs/train/loop.ipynb #a7bdebb6
@@ -173,6 +175,14 @@ def _announce(found:Pool, order:Order, start:int) -> None:
     lost = set_aside(found.dropped)
     print(f'{len(found)} examples, {sum(found.lengths):,} tokens, {len(order)} steps of {order.recipe.batch}' + (f'; set aside: {lost}' if lost else '')
           + (f'; going on from step {start}' if start else ''), flush=True)
+
+class _Trial(TrainerCallback):
+    "Tries the paper's metric when everything is in its place and nothing is trained yet."
+    def __init__(self, tuner:Tuner): self.tuner = tuner
+
+    def on_train_begin(self, args:object, state:object, control:object, **more:object) -> None:
+        "One question of each source."
+        if self.tuner.run.evaluate and self.tuner.run.recipe.metric != 'loss': try_metric(self.tuner, self.tuner.run.recipe)
 
 def _trackers(tuner:Tuner, recipe:Recipe, out:Path, start:int) -> None:
     "Curves for TensorBoard, in `runs/`, and for W&B where the recipe asks."

@@ -149,6 +149,9 @@ def _check_numbers(r:Recipe) -> None:
     _check_cadence(r)
 
 def _check_cadence(r:Recipe) -> None:
+    blind = not r.eval_data or r.eval_every == 'never'
+    for key in ('best', 'patience'):
+        if getattr(r, key) and blind: raise RecipeError(f'{key}: {getattr(r, key)} needs something to look at; give eval_data and eval_every')
     if 0 < r.micro_tokens < r.max_length: raise RecipeError(f'micro_tokens: {r.micro_tokens} is less than max_length {r.max_length}, so an example could fit nowhere; raise it, or lower max_length')
     for key in ('save_every', 'eval_every'):
         value = getattr(r, key)
