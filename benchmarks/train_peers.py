@@ -126,33 +126,33 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     envs = {"ours": here, **{name: getattr(options, name).absolute() for name in ("llamafactory", "swift") if getattr(options, name)}}
     names = {"ours": "vlm_repro", "llamafactory": "llamafactory", "swift": "ms_swift"}
     held: dict[str, Any] = {
-        "what": "the same epoch by other programs; whole processes", "command": " ".join(["python benchmarks/train_peers.py", *(f"--{n} ENV" for n in envs if n != "ours")]),
+        "what": "the same epoch by other programs; whole processes", "command": " ".join(["python benchmarks/train_peers.py", *(f"--{n} ENV" for n in envs if n != "ours"), *(["--size", *options.size] if options.size else [])]),
         "begun": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": train.machine(), "sizes": asdict(sizes), "batch": options.batch,
         "versions": {n: versions_in(e, (names[n], "torch", "transformers", "peft", "accelerate")) for n, e in envs.items()}, "rounds": []}
     with tempfile.TemporaryDirectory() as data:
         folder = Path(data) / "set"
         build(folder, sizes)
         for k in range(options.rounds):
-            row = {}
+            row: dict[str, Any] = {}
+            held["rounds"].append(row)
             for name in (list(envs) if k % 2 == 0 else list(envs)[::-1]):
                 row[name] = run(name, envs[name], folder, options.batch, options.limit)
                 print(f"round {k + 1}  {name:13}", json.dumps(row[name])[:3000], flush=True)
-            held["rounds"].append(row)
-            if options.out: options.out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+                if options.out: options.out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
     return held
 
 
 def table(held: dict[str, Any]) -> str:
     """The results as Markdown."""
     def cell(name: str, key: str, scale: float = 1, digits: int = 1) -> str:
-        found = [r[name][key] * scale for r in held["rounds"] if r[name].get(key) is not None]
+        found = [r[name][key] * scale for r in held["rounds"] if r.get(name, {}).get(key) is not None]
         return f"{median(found):,.{digits}f}" if found else "–"
     rows = [[f"{name} {held['versions'][name][p]}", held["versions"][name]["transformers"], cell(name, "cpu_s"), cell(name, "wall_s"), cell(name, "epoch_wall_s"), cell(name, "peak_bytes", 2**-20, 0)]
             for name, p in (("ours", "vlm_repro"), ("llamafactory", "llamafactory"), ("swift", "ms_swift")) if name in held["versions"]]
     head = ["", "transformers", "CPU s", "wall s", "of it training, as reported", "largest resident size, MiB"]
     line = lambda cells: "| " + " | ".join(cells) + " |"
-    stopped = [f"\n{name} did not run to its end; what it said is in the results." for name in held["versions"] if any("stopped_by" in r[name] for r in held["rounds"])]
-    loads = [r[n]["load_before"][0] for r in held["rounds"] for n in r]
+    stopped = [f"\n{name} did not run to its end; what it said is in the results." for name in held["versions"] if any("stopped_by" in r.get(name, {}) for r in held["rounds"])]
+    loads = [r[n]["load_before"][0] for r in held["rounds"] for n in r if "load_before" in r[n]]
     about = f"{held['sizes']['examples']} conversations, {held['batch']} a step; {held['begun'][:10]}, load average {min(loads):.1f} to {max(loads):.1f}, rounds: {len(held['rounds'])}."
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows), *stopped, "", about, "", f"    {held['command']}"])
 
