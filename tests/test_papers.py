@@ -44,7 +44,8 @@ def test_short(tmp_path, shots, views):
 def test_roadbuddy_short(tmp_path, read):
     manifest = _run(tmp_path, notebook=ROADBUDDY, recipe='', limit=6, split_by='source', read=read)
     assert manifest['n'] == 6 and not manifest['errors'] and manifest['watermark']
-    assert (tmp_path/'upstream'/'submission.csv').read_text(encoding='utf-8').startswith('id,answer\n')
+    name = 'submission.csv' if read == 'text' else 'corrected_submission.csv'  # a likelihood has no published reading
+    assert (tmp_path/'upstream'/name).read_text(encoding='utf-8').startswith('id,answer\n')
     assert 'cannot be judged' in (tmp_path/'table.csv').read_text(encoding='utf-8')
 
 
