@@ -54,7 +54,7 @@ test-servers: $(STAMP) ## real HTTP servers with real models behind them
 	$(PYTEST) -m servers
 
 lint: $(STAMP) ## unused names, bare and blind excepts, complexity, import order
-	$(BIN)/ruff check tests tools setup.py
+	$(BIN)/ruff check tests tools benchmarks setup.py
 	$(BIN)/ruff check --config 'lint.isort.lines-after-imports=1' vlm_repro  # nbdev leaves one blank line between two cells
 
 generated: $(STAMP) ## fail where nbdev-export or the README generation changes the tree
