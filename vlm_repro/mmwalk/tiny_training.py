@@ -6,10 +6,9 @@ Docs: https://vlm-repro.github.io/vlm_repro/mmwalk/tiny_training.html.md"""
 
 # %% auto #0
 __all__ = ['SEEN', 'LOOKUPS', 'hidden_states', 'look', 'answer_loss', 'decisive', 'held_out_accuracy', 'answered', 'draw_batch',
-           'talk_steps', 'read_steps', 'card', 'stages', 'train_tiny', 'write_log']
+           'talk_steps', 'read_steps', 'card', 'stages', 'train_tiny']
 
 # %% ../../nbs/mmwalk/tiny_training.ipynb #7d975414
-import csv
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -22,7 +21,7 @@ import transformers as hf
 
 import vlm_repro
 
-from ..models.tiny import build_processor, build_tiny, save_tiny, train_tokenizer
+from ..models.tiny import build_processor, build_tiny, save_tiny, train_tokenizer, write_log
 from .questions import ASKERS, record_text
 from .tiny_data import LAYOUTS, Bank, Example, Mix, Phase, Recipe, Turn, Writer, corpus, draw_bank, gather_images, lone_turns, positions, shot_turns
 from .tiny_vision import match_heads, prefer_near, rate, see, see_steps, update
@@ -240,12 +239,3 @@ def train_tiny(
         save_tiny(out, model, processor, card(recipe, last={stage: done}, minutes=round(minutes, 1)))
         write_log(Path(out) / "training_log.csv", log)
     return Path(out)
-
-
-def write_log(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    "Write the training log as CSV."
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as target:
-        writer = csv.DictWriter(target, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

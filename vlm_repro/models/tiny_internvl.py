@@ -11,10 +11,10 @@ __all__ = ['SPECIALS', 'UNITS', 'CHAT_TEMPLATE', 'TILE', 'PATCH', 'TILE_TOKENS',
 # %% ../../nbs/models/tiny_internvl.ipynb #61e1ddbf
 from collections.abc import Iterable
 
-import tokenizers
 import torch
 import transformers as hf
-from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from .tiny import learn_tokenizer
 
 # %% ../../nbs/models/tiny_internvl.ipynb #17d3ee9e
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
@@ -26,16 +26,8 @@ def train_tokenizer(
     vocab_size: int = 2560,  # at most
 ) -> hf.PreTrainedTokenizerFast:
     "Learn a byte-level vocabulary of phrases with InternVL's special tokens."
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(tokenizers.Regex(UNITS), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIALS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left", model_max_length=8192, clean_up_tokenization_spaces=False,
-        extra_special_tokens={"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"},
-    )
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    return learn_tokenizer(texts, vocab_size, UNITS, SPECIALS, named, 8192)
 
 # %% ../../nbs/models/tiny_internvl.ipynb #57c059c6
 CHAT_TEMPLATE = (

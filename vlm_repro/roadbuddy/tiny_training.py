@@ -7,10 +7,9 @@ Docs: https://vlm-repro.github.io/vlm_repro/roadbuddy/tiny_training.html.md"""
 # %% auto #0
 __all__ = ['Eyes', 'SLOW', 'FAINT', 'TURN_WORDS', 'WORDS', 'SINK', 'SPREAD', 'Recipe', 'code_eyes', 'real_eyes', 'answer_logits',
            'answer_loss', 'match_heads', 'draw_example', 'draw_batch', 'Stage', 'text_steps', 'held_out_accuracy',
-           'card', 'stages', 'take_eyes', 'train_tiny', 'write_log']
+           'card', 'stages', 'take_eyes', 'train_tiny']
 
 # %% ../../nbs/roadbuddy/tiny_training.ipynb #0c19edc3
-import csv
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ import transformers as hf
 import vlm_repro
 
 from ..mmwalk.tiny_vision import rate, update
-from ..models.tiny import save_tiny
+from ..models.tiny import save_tiny, write_log
 from ..models.tiny_internvl import build_processor, build_tiny, train_tokenizer
 from .questions import COLOUR_WORDS, LANE_WORDS, LIGHT_WORDS, LIMIT_WORDS, SIGN_WORDS, VEHICLE_WORDS, WEATHER_WORDS, ask
 from .tiny_data import LABELS, LEFT_OUT, TRAINED, Example, Film, Frames, Writer, answerable, ask_shown, corpus, draw_films, draw_frames, spread
@@ -293,12 +292,3 @@ def train_tiny(
         save_tiny(out, model, processor, card(recipe, last={stage: done}, minutes=round((time.time() - start) / 60, 1)))
         write_log(Path(out) / "training_log.csv", log)
     return Path(out)
-
-
-def write_log(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    "Write the training log as CSV."
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as target:
-        writer = csv.DictWriter(target, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -53,11 +53,14 @@ def complete_run(
 ) -> RunFolder: # finished
     "Loads, asks, reads, scores and tabulates; continues a run that was stopped. Raises RunError for a folder of another run."
     run = start(task, settings, out, batch_size=batch_size)
-    if not run.path('manifest.json').exists():
-        generate(model, prepare(task, settings, task.load(settings), run), run, batch_size, settings.max_new_tokens)
-        extract_run(task, settings, run)
-        score_run(task, settings, run)
-        table_run(task, settings, run)
-        finish_run(task, settings, run, model.describe())
-    run.close()
+    try:
+        if not run.path('manifest.json').exists(): _all_stages(task, settings, model, run, batch_size)
+    finally: run.close()
     return read_run(out)
+
+def _all_stages(task:Task, settings:Any, model:Model, run:RunFolder, batch_size:int) -> None:
+    generate(model, prepare(task, settings, task.load(settings), run), run, batch_size, settings.max_new_tokens)
+    extract_run(task, settings, run)
+    score_run(task, settings, run)
+    table_run(task, settings, run)
+    finish_run(task, settings, run, model.describe())
