@@ -11,7 +11,10 @@ BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= runs/mmwalk-3s
 LAB_ARGS ?=
+WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
+# A file stays with one process: what its tests share is built once.
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
 
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -40,10 +43,10 @@ demo: $(STAMP) ## run the mmWalk paper, 3 shots, on the embedded default
 	@$(BIN)/python tools/show_run.py $(DEMO)
 
 test: lint generated notebooks ## everything CI runs: lint, generated files, notebooks, pytest
-	$(PYTEST) -m "not papers and not servers"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not papers and not servers"
 
 test-unit: $(STAMP) ## the quick tests alone
-	$(PYTEST) -m "not papers and not servers and not slow"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not papers and not servers and not slow"
 
 test-papers: $(STAMP) ## whole paper notebooks at several settings
 	$(PYTEST) -m papers

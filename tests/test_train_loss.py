@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from PIL import Image
+from noise import noise
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
@@ -32,7 +32,7 @@ def examples(tmp_path_factory) -> list[Example]:
     folder, pictures = tmp_path_factory.mktemp("pictures"), []
     for i, size in enumerate([(112, 56), (60, 90), (150, 150), (84, 84)]):
         pictures.append(str(folder / f"{i}.png"))
-        Image.effect_noise(size, 80).convert("RGB").save(pictures[-1])
+        noise(*size).save(pictures[-1])
     a, b, c, d = pictures
     return [Example("one", [said("user", "Where?", a), said("assistant", "Left.")]), Example("text", [said("user", "Hi"), said("assistant", "Good day to you.")]),
             Example("two", [said("user", "How many?", b, c), said("assistant", "2")]), Example("short", [said("user", "?"), said("assistant", "!")]),

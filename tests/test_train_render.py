@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from noise import noise
 from PIL import Image
 
 from vlm_repro.core.media import MediaError
@@ -30,7 +31,7 @@ def pictures(tmp_path_factory) -> list[str]:
     folder, made = tmp_path_factory.mktemp("pictures"), []
     for i, size in enumerate([(112, 56), (60, 90), (150, 150)]):
         made.append(str(folder / f"{i}.png"))
-        Image.effect_noise(size, 80).convert("RGB").save(made[-1])
+        noise(*size).save(made[-1])
     return made
 
 
