@@ -16,7 +16,7 @@ import torch
 
 from ..core.records import Generation, Request, failed
 from .inputs import Encoded, collate, tokenizer_of
-from .protocol import Lengths, Model, ModelError
+from .protocol import Lengths, Model, ModelError, Prepared
 from .transformers import TransformersModel
 
 # %% ../../nbs/models/choices.ipynb #8a6fd2c8
@@ -59,11 +59,14 @@ def score_choices(
     choices:Sequence[Sequence[str]], # the choices of each request, one token each
 ) -> list[Generation]: # in the same order; `choice_logprobs` one a choice, `text` the likeliest
     "How likely each choice is as the answer's first token; a request that cannot be asked becomes a labelled Generation (source: ours)."
-    tokens = [choice_ids(tokenizer_of(self.preparer), own) for _, own in zip(requests, choices, strict=True)]
-    ready = [self._encode(r, 1) for r in requests]
+    return _choose(self, self.prepare(requests), choices)
+
+def _choose(self:TransformersModel, prepared:Prepared, choices:Sequence[Sequence[str]]) -> list[Generation]:
+    tokens = [choice_ids(tokenizer_of(self.preparer), own) for _, own in zip(prepared.requests, choices, strict=True)]
+    ready = [self._fitting(r, e, 1) for r, e in zip(prepared.requests, prepared.items)]
     asked = [e for e in ready if isinstance(e, Encoded)]
     rows = iter(_rows(self, asked) if asked else ())
-    return [_scored(r, e, next(rows), ids, own) if isinstance(e, Encoded) else e for r, e, ids, own in zip(requests, ready, tokens, choices)]
+    return [_scored(r, e, next(rows), ids, own) if isinstance(e, Encoded) else e for r, e, ids, own in zip(prepared.requests, ready, tokens, choices)]
 
 TransformersModel.score_choices = score_choices
 
@@ -91,7 +94,19 @@ class ByLikelihood:
 
     def generate(self, requests:Sequence[Request], max_new_tokens:int) -> list[Generation]:
         "A choice for every request; one token each, whatever the limit."
-        return self.model.score_choices(requests, [self.choices[r.id] for r in requests])
+        return self.answer(self.prepare(requests), max_new_tokens)
+
+    def prepare(self, requests:Sequence[Request]) -> Prepared:
+        "Render, decode and preprocess a batch."
+        return self.model.prepare(requests)
+
+    def answer(self, prepared:Prepared, max_new_tokens:int) -> list[Generation]:
+        "A choice for every request of a prepared batch."
+        return _choose(self.model, prepared, [self.choices[r.id] for r in prepared.requests])
+
+    def prefix_keys(self, request:Request) -> tuple[str, ...]:
+        "Names of the leading parts that another request may share."
+        return self.model.prefix_keys(request)
 
 def by_likelihood(
     model:Model, # from `load_model`

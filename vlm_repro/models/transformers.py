@@ -26,7 +26,8 @@ from ..core.media import MediaError
 from ..core.records import Generation, Request, failed
 from .convert_config import is_original
 from .inputs import Encoded, Preparer, VisualCounter, collate, encode, image_settings, load_preparer, measure, render, set_budget, tokenizer_of
-from .protocol import Lengths, ModelError, Spec, tiny_checkpoint
+from .prefix import prefix_keys
+from .protocol import Lengths, ModelError, Prepared, Spec, tiny_checkpoint
 
 # %% ../../nbs/models/transformers.ipynb #7f627647
 _PATTERNS, _TWICE = ['*.json', '*.safetensors', '*.jinja', '*.txt', '*.model'], ['consolidated*', '*/*.safetensors']
@@ -223,22 +224,48 @@ class TransformersModel:
         max_new_tokens:int, # limit of each answer, tokens
     ) -> list[Generation]: # one a request, in the same order
         "Answers to a batch; a request that cannot be asked becomes a labelled Generation."
-        ready = [self._encode(r, max_new_tokens) for r in requests]
-        asked = [(r, e) for r, e in zip(requests, ready) if isinstance(e, Encoded)]
+        return self.answer(self.prepare(requests), max_new_tokens)
+
+    def prepare(
+        self,
+        requests:Sequence[Request], # one batch
+    ) -> Prepared: # tensors on the CPU, or why a request cannot be asked
+        "Render, decode and preprocess a batch; may run in another thread than `answer`."
+        return Prepared(tuple(requests), tuple(self._encode(r) for r in requests))
+
+    def answer(
+        self,
+        prepared:Prepared, # from `prepare`
+        max_new_tokens:int, # limit of each answer, tokens
+    ) -> list[Generation]: # one a request, in the same order
+        "Answers to a prepared batch."
+        ready = [self._fitting(r, e, max_new_tokens) for r, e in zip(prepared.requests, prepared.items, strict=True)]
+        asked = [(r, e) for r, e in zip(prepared.requests, ready) if isinstance(e, Encoded)]
         answers = iter(self._answer(asked, max_new_tokens))
         return [next(answers) if isinstance(e, Encoded) else e for e in ready]
 
+    def prefix_keys(
+        self,
+        request:Request, # one request
+    ) -> tuple[str, ...]: # ever longer
+        "Names of the leading parts that another request may share; see `models.prefix`."
+        return prefix_keys(request.messages)
+
 # %% ../../nbs/models/transformers.ipynb #c43a631d
-def _encode(self:TransformersModel, request:Request, max_new_tokens:int) -> Encoded | Generation:
+def _encode(self:TransformersModel, request:Request) -> Encoded | Generation:
     "A request as tensors, or why it cannot be asked."
-    try: e = encode(self.preparer, request.messages, self.workers)
+    try: return encode(self.preparer, request.messages, self.workers)
     except MediaError as error: return failed(request.id, 'media', str(error))
     except ValueError as error: return failed(request.id, 'media', f'the processor refused this request: {error}')
+
+def _fitting(self:TransformersModel, request:Request, e:Encoded | Generation, max_new_tokens:int) -> Encoded | Generation:
+    "The same, or that prompt and answer do not fit."
+    if isinstance(e, Generation): return e
     if e.n_prompt + max_new_tokens <= self.max_model_len: return e
     detail = f'prompt {e.n_prompt} tokens ({e.n_visual} visual) + {max_new_tokens} new > {self.max_model_len}; fewer shots, or a smaller max_pixels'
     return failed(request.id, 'overflow', detail, n_prompt=e.n_prompt, n_visual=e.n_visual, prompt_hash=e.prompt_hash, pixel_hash=e.pixel_hash)
 
-TransformersModel._encode = _encode
+TransformersModel._encode, TransformersModel._fitting = _encode, _fitting
 
 # %% ../../nbs/models/transformers.ipynb #fea152da
 def _new_tokens(self:TransformersModel, batch:Sequence[Encoded], max_new_tokens:int) -> list[list[int]]:
