@@ -6,8 +6,8 @@ Docs: https://vlm-repro.github.io/vlm_repro/models/inputs.html.md"""
 
 # %% auto #0
 __all__ = ['Preparer', 'IMAGE_BACKENDS', 'tokenizer_of', 'require_template', 'image_backend_of', 'load_preparer', 'image_parts',
-           'render', 'Encoded', 'image_token_id', 'open_images', 'encode', 'collate', 'VisualCounter', 'measure',
-           'pixel_budget', 'set_budget', 'image_settings']
+           'render', 'Encoded', 'image_token_id', 'open_images', 'encode', 'end_to_end', 'collate', 'VisualCounter',
+           'measure', 'pixel_budget', 'set_budget', 'image_settings']
 
 # %% ../../nbs/models/inputs.ipynb #580cad30
 from collections.abc import Mapping, Sequence
@@ -162,7 +162,10 @@ def _left(rows:Sequence[torch.Tensor], fill:int) -> torch.Tensor:
     n = max(r.shape[1] for r in rows)
     return torch.cat([torch.nn.functional.pad(r, (n - r.shape[1], 0), value=fill) for r in rows])
 
-def _end_to_end(blocks:Sequence[torch.Tensor]) -> torch.Tensor:
+def end_to_end(
+    blocks:Sequence[torch.Tensor], # the pixels, or their grids, of one request each
+) -> torch.Tensor: # all of them, the second axis padded with zeros where it differs
+    "Blocks of images one behind the other."
     if len({b.shape[1:] for b in blocks}) == 1: return torch.cat(list(blocks))
     n = max(b.shape[1] for b in blocks)
     return torch.cat([torch.cat([b, b.new_zeros(b.shape[0], n - b.shape[1], *b.shape[2:])], 1) for b in blocks])
@@ -176,7 +179,7 @@ def collate(
     out = {}
     for k in keys:
         rows = [e.tensors[k] for e in batch if k in e.tensors]
-        out[k] = _left(rows, pad_token_id if k == 'input_ids' else 0) if k in _TOKEN_KEYS else _end_to_end(rows)
+        out[k] = _left(rows, pad_token_id if k == 'input_ids' else 0) if k in _TOKEN_KEYS else end_to_end(rows)
     if not bool(out['attention_mask'][:, -1].all()): raise AssertionError('the batch is not padded on the left')
     return out
 

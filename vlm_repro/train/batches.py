@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn.functional import pad
 from transformers import MODEL_MAPPING, PretrainedConfig
 
-from ..models.inputs import Preparer, _end_to_end, render, tokenizer_of
+from ..models.inputs import Preparer, end_to_end, render, tokenizer_of
 from .render import IGNORED, Rendered
 
 # %% ../../nbs/train/batches.ipynb #d5a4c82c
@@ -57,7 +57,7 @@ def _first_ignored(labels:torch.Tensor) -> torch.Tensor:
 
 def _pixels(batch:Sequence[Rendered]) -> dict[str, torch.Tensor]:
     keys = dict.fromkeys(k for r in batch for k in r.tensors if k not in _ROWS)
-    return {k: _end_to_end([r.tensors[k] for r in batch if k in r.tensors]) for k in keys}
+    return {k: end_to_end([r.tensors[k] for r in batch if k in r.tensors]) for k in keys}
 
 def _packed(batch:Sequence[Rendered], positions:Positions) -> dict[str, torch.Tensor]:
     return {'input_ids': torch.cat([r.tensors['input_ids'] for r in batch], 1), 'labels': torch.cat([_first_ignored(r.tensors['labels']) for r in batch], 1),
