@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from vlm_repro.cli import main
+from vlm_repro.core.slurm import slurm_script
 from vlm_repro.train.checkpoints import last_checkpoint, step_of
-from vlm_repro.train.launch import LaunchError, Machines, launch, launch_plan, slurm_script, stream, torchrun, train_folder
+from vlm_repro.train.launch import LaunchError, Machines, launch, launch_plan, slurm_job, stream, torchrun, train_folder
 from vlm_repro.train.recipe import load_recipe
 from vlm_repro.train.watch import read_log
 
@@ -30,7 +31,7 @@ def test_the_slurm_script_is_valid_shell(nnodes, tmp_path, capsys):
     said = capsys.readouterr().out
     script = said[said.index("#!/bin/bash"):]
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).returncode == 0
-    for flag in (f"--nodes={nnodes}", "--ntasks-per-node=1", "--gpus-per-node=8", "--partition=gpu", "--time=600", "--account=lab", "--signal=TERM@120"):
+    for flag in (f"--nodes={nnodes}", "--ntasks-per-node=1", "--gpus-per-node=8", "--partition=gpu", "--time=600", "--account=lab", "--signal=B:USR2@120", "--requeue"):
         assert f"#SBATCH {flag}\n" in script
 
 
@@ -42,7 +43,7 @@ def test_every_machine_of_a_job_runs_torchrun_with_its_own_rank(tmp_path):
     (fake / "python").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     for f in fake.iterdir():
         f.chmod(0o755)
-    script = slurm_script(Machines(4, 2, slurm={}), tmp_path / "a recipe.yaml", tmp_path).replace(sys.executable, str(fake / "python"))
+    script = slurm_script(slurm_job(Machines(4, 2, slurm={}), tmp_path / "a recipe.yaml", tmp_path)).replace(sys.executable, str(fake / "python"))
     env = {"PATH": f"{fake}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_NODEID": "1", "SLURM_JOB_ID": "77"}
     said = subprocess.run(["bash"], input=script, text=True, capture_output=True, env=env, check=True).stdout.splitlines()
     options = dict(zip(said, said[1:]))
@@ -59,7 +60,8 @@ def test_what_cannot_be_launched_is_said(tmp_path, capsys):
     assert "did you mean 'mmwalk/tiny'" in capsys.readouterr().err
 
 
-def test_a_job_without_slurm_is_refused(tmp_path, capsys):
+def test_a_job_without_slurm_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["train", "mmwalk/tiny", "--slurm", "yes", "--out", str(tmp_path)]) == 2
     assert "Use --print to see the script" in capsys.readouterr().err
 

@@ -17,10 +17,9 @@ import typer
 train_app = typer.Typer(rich_markup_mode=None)
 
 def _machines(nproc:int, nnodes:int, meet:str, slurm:list[str]) -> Any:
-    from vlm_repro.cli_run import parse_pairs
+    from vlm_repro.core.slurm import parse_slurm
     from vlm_repro.train.launch import Machines
-    job = None if not slurm else {k: v for k, v in parse_pairs(p for p in slurm if p != 'yes').items()}
-    return Machines(nproc, nnodes, meet, job)
+    return Machines(nproc, nnodes, meet, parse_slurm(slurm) if slurm else None)
 
 def _look(recipe:Any, out:Any, machines:Any, show:bool, dry:bool, skip_model:bool) -> str|None:
     "What `--print` and `--dry-run` say; None for neither."
@@ -52,7 +51,7 @@ def train(
     nproc:Annotated[int, typer.Option(min=1, help='Processes on each machine, one a GPU.')]=1,
     nnodes:Annotated[int, typer.Option(min=1, help='Machines.')]=1,
     meet:Annotated[str, typer.Option(metavar='HOST:PORT', help='Where several machines meet without Slurm; the same command on each.')]='',
-    slurm:Annotated[list[str], typer.Option(metavar='KEY=VALUE', help='Submit to Slurm with this parameter of the job, such as partition=gpu; may be repeated; `yes` for none.')]=[],
+    slurm:Annotated[list[str], typer.Option(metavar='NAME=VALUE,...', help='Submit to Slurm with these parameters of the job, such as partition=gpu,time=600; may be repeated; `yes` for none.')]=[],
     dry:Annotated[bool, typer.Option('--dry-run', help='One example, one step, memory, steps and time; nothing is trained.')]=False,
     skip_model:Annotated[bool, typer.Option('--skip-model', help='With --dry-run: the data only.')]=False,
     show:Annotated[bool, typer.Option('--print', help='Print the recipe and the command, or the Slurm script, and stop.')]=False,
@@ -63,7 +62,7 @@ def train(
 
     vlm-repro train roadbuddy/lora --nproc 4 -p data.settings.data_root DIR --out runs/lora
 
-    vlm-repro train gpt4scene/published --nproc 8 --slurm partition=gpu --slurm time=600 --print
+    vlm-repro train gpt4scene/published --nproc 8 --slurm partition=gpu,time=600 --print
     """
     from pathlib import Path
 

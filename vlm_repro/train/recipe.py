@@ -6,21 +6,20 @@ Docs: https://vlm-repro.github.io/vlm_repro/train/recipe.html.md"""
 
 # %% auto #0
 __all__ = ['PARTS', 'TRACKERS', 'CHOICES', 'METHODS', 'GIVEN', 'DEFAULT', 'RecipeError', 'TrainError', 'Source', 'Lora', 'Full',
-           'DeepSpeed', 'Recipe', 'near', 'flat', 'recipes', 'recipe_path', 'load_recipe', 'change', 'to_values',
-           'save_recipe', 'identity', 'recipe_rows']
+           'DeepSpeed', 'Recipe', 'flat', 'recipes', 'recipe_path', 'load_recipe', 'change', 'to_values', 'save_recipe',
+           'identity', 'recipe_rows']
 
 # %% ../../nbs/train/recipe.ipynb #9ca2d978
-import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..core.assets import asset, assets_root
 from ..core.records import digest
-from ..core.text import columns
+from ..core.text import columns, near
 
 # %% ../../nbs/train/recipe.ipynb #f67ce1c3
 class RecipeError(ValueError):
@@ -115,15 +114,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     'deepspeed.stage': (0, 1, 2, 3), 'deepspeed.offload': ('none', 'optimizer', 'all')}
 _LEAST = {'batch': 1, 'micro_batch': 1, 'micro_tokens': 0, 'max_steps': 0, 'max_length': 2, 'log_every': 1, 'keep': 0, 'eval_batch': 1, 'patience': 0,
           'workers': 0, 'min_pixels': 0, 'max_pixels': 0, 'warmup': 0, 'weight_decay': 0, 'max_grad_norm': 0}
-
-def near(
-    name:str, # what was written
-    known:Iterable[str], # what there is
-) -> str: # for the end of a message
-    "The nearest names, then all of them."
-    known = [str(k) for k in known]
-    close = difflib.get_close_matches(name, known, 3, .5)
-    return (f'did you mean {" or ".join(map(repr, close))}? ' if close else '') + f'There are: {", ".join(known)}'
 
 def _choose(key:str, value:Any, known:Sequence[Any]) -> None:
     if value not in known: raise RecipeError(f'{key}: {value!r} is not possible; {near(str(value), known)}')
