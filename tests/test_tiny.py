@@ -79,14 +79,15 @@ def measured() -> dict:
 
 def test_the_measured_table_is_whole_and_honest():
     rows = measured()
-    assert {(category, 0) for category in CATEGORIES} <= set(rows)
+    assert {(category, shots) for category in CATEGORIES for shots in (0, 3)} == set(rows)
     for key, row in rows.items():
         above = float(row["lower"]) > max(float(row[name]) for name in ("constant", "blank", "shuffled"))
         assert int(row["n"]) >= 300 and (row["sees"] == "True") == above, key
 
 
-def test_it_sees_without_shots():
-    assert all(measured()[category, 0]["sees"] == "True" for category in CATEGORIES)
+@pytest.mark.parametrize("shots", [0, 3])
+def test_it_sees(shots):
+    assert all(measured()[category, shots]["sees"] == "True" for category in CATEGORIES)
 
 
 def test_the_shipped_weights_see():
