@@ -10,6 +10,7 @@ __all__ = ['DataError', 'Problem', 'stop_on', 'parse_line', 'read_lines', 'write
 # %% ../../nbs/core/jsonl.ipynb #910ea6c7
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def parse_line(
     where:str, # `file:line`, for the message
 ) -> dict[str, Any] | Problem: # the record, or why there is none
     "One line of a JSON Lines file; a byte order mark and a CRLF end are accepted."
-    try: record = json.loads(raw.decode('utf-8-sig'))
+    try: record = json.loads(raw.removeprefix(BOM_UTF8).decode())
     except UnicodeDecodeError as e: return Problem('broken_line', where, f'not UTF-8 ({e.reason} at byte {e.start}); {_RESTORE}')
     except json.JSONDecodeError as e: return Problem('broken_line', where, f'not JSON ({e.msg} at column {e.colno}); {_RESTORE}')
     except (ValueError, RecursionError) as e: return Problem('broken_line', where, f'JSON that cannot be read ({str(e).split(";")[0]}); {_RESTORE}')

@@ -10,8 +10,8 @@ __all__ = ['category_by_words', 'recover_frame', 'by_frame', 'recover', 'agreeme
 # %% ../../nbs/mmwalk/categories.ipynb #ff2ec24f
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
 
 from ..core.records import Sample
@@ -34,11 +34,14 @@ _RULES = [(category, re.compile(pattern, re.IGNORECASE)) for category, pattern i
     ('M2', r'\bwhat\b.*\b(features?|elements?)\b|\b(surroundings?|environment)\b.*\b(like|look|appear)|\blook like\b|\blayout\b|\bhow does\b.*\b(look|appear)\b'))]
 
 # %% ../../nbs/mmwalk/categories.ipynb #2618a52c
+@lru_cache(maxsize=1 << 16)  # recovering the categories and measuring their agreement ask the same questions
 def category_by_words(
     question:str, # a question without the instructions around it
 ) -> str | None: # None when no rule matches
     "The category that a question's wording speaks for."
-    return next((category for category, pattern in _RULES if pattern.search(question)), None)
+    for category, pattern in _RULES:
+        if pattern.search(question): return category
+    return None
 
 # %% ../../nbs/mmwalk/categories.ipynb #fbc4af05
 def _in_order(guesses:Sequence[str|None]) -> set[int]:
@@ -64,9 +67,10 @@ def recover_frame(
     return [(g, 'words') if g is not None and i in kept else (UNKNOWN, 'none') for i, g in enumerate(guesses)]
 
 # %% ../../nbs/mmwalk/categories.ipynb #8ded3043
-def _placed(sample:Sample, category:str, how:str) -> Sample:
+def _placed(sample:Sample, category:str, how:str, more:Mapping[str, str]) -> Sample:
     difficulty = DIFFICULTY.get(category[0], UNKNOWN) if category in CATEGORIES else UNKNOWN
-    return replace(sample, meta={**sample.meta, 'category': category, 'difficulty': difficulty, 'category_from': how})
+    meta = {**sample.meta, 'category': category, 'difficulty': difficulty, 'category_from': how, **more}
+    return Sample(sample.id, sample.media, sample.question, sample.gold, meta)
 
 # %% ../../nbs/mmwalk/categories.ipynb #81401503
 def by_frame(
@@ -78,9 +82,10 @@ def by_frame(
 # %% ../../nbs/mmwalk/categories.ipynb #71290fdc
 def recover(
     samples:Iterable[Sample], # train or val samples in file order
+    **more:str, # further entries of their `meta`
 ) -> list[Sample]: # the same, in the same order, with `category`, `difficulty` and `category_from` filled
     "Recover the category of every training sample, frame by frame; `unknown` where words and order do not agree."
-    return [_placed(s, c, how) for frame in by_frame(samples) for s, (c, how) in zip(frame, recover_frame([s.question for s in frame]))]
+    return [_placed(s, c, how, more) for frame in by_frame(samples) for s, (c, how) in zip(frame, recover_frame([s.question for s in frame]))]
 
 # %% ../../nbs/mmwalk/categories.ipynb #a5c71138
 def agreement(
