@@ -10,6 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 UNEXPLAINED = ("", "unconditional skip", "Skipped", "Skipped:")
 
 
+@pytest.fixture(scope="module")
+def bodies():
+    """The requests that a module's chat server got, oldest first."""
+    return []
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     """Turn a skip that gives no reason into a failure."""

@@ -121,3 +121,18 @@ def completion(body: dict, text: str, finish_reason: str = 'stop') -> bytes:
     return json.dumps({'id': '1', 'object': 'chat.completion', 'created': 0, 'model': body['model'] + '-2026-01-01',
                        'choices': [{'index': 0, 'message': {'role': 'assistant', 'content': text}, 'finish_reason': finish_reason}],
                        'usage': {'prompt_tokens': 11, 'completion_tokens': 3, 'total_tokens': 14}}).encode()
+
+
+@contextmanager
+def chat_server(say: Callable[[dict], str], bodies: list[dict], shortest: int = 0) -> Iterator[str]:
+    "A chat server that answers what `say` makes of a request, and keeps the requests; an answer limited to fewer tokens than `shortest` is cut off."
+    def handle(handler: BaseHTTPRequestHandler) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers['Content-Length'])))
+        bodies.append(body)
+        out = completion(body, say(body), 'length' if body.get('max_tokens', shortest) < shortest else 'stop')
+        handler.send_response(200)
+        handler.send_header('Content-Type', 'application/json')
+        handler.send_header('Content-Length', str(len(out)))
+        handler.end_headers()
+        handler.wfile.write(out)
+    with listen(handle) as url: yield url

@@ -216,6 +216,59 @@ def test_a_real_run_is_scored_again_compared_and_shown(capsys, tmp_path, monkeyp
     assert 'lexical@1, corrected' in call(capsys, 'show', made, 'E1')[1]
 
 
+# predictions of others
+
+
+def test_v1_predictions_are_not_scored_on_v2_gold(capsys, tmp_path):
+    from mmwalk_files import real_root
+    for path, more in ((real_root()/'eval_dummy_NoInput_0s', ()), (real_root()/'eval_dummy_NoInput_0s'/'M2.jsonl', ('--root', real_root()))):
+        said = wrong(capsys, 'score', path, *more, '--out', tmp_path/'run')
+        assert 'predictions of release v1 do not go with gold answers of release v2: v1 splits by question' in said and not (tmp_path/'run').exists()
+
+
+def test_predictions_of_others_are_scored_as_a_run(capsys, tmp_path, world):
+    from vlm_repro.mmwalk.data import load
+    from vlm_repro.mmwalk.predictions import write_predictions
+    samples = [s for s in load(world).samples if s.meta['category'] in ('E1', 'H1')]
+    theirs = tmp_path/'eval_Theirs-7B_dog+_0s'
+    write_predictions(theirs, samples, {s.id: s.gold if s.meta['category'] == 'E1' else '' for s in samples})
+    code, out, err = call(capsys, 'score', theirs, '--root', world, '--out', tmp_path/'run')
+    assert code == 0 and 'Theirs-7B / dog+ / 0s' in out and out.startswith('judge') and 'WATERMARK' in out, err
+    manifest = json.loads((tmp_path/'run'/'manifest.json').read_text())
+    assert manifest['settings']['views'] == 'dog+' and manifest['settings']['categories'] == 'E1,H1' and sorted(manifest['model']['files']) == ['E1.jsonl', 'H1.jsonl']
+    scores = {(row['id'], row['variant']): row['values'] for row in map(json.loads, (tmp_path/'run'/'scores.jsonl').read_text().splitlines())}
+    assert {tuple(v) for (i, _), v in scores.items() if i.startswith('E1')} == {(5.,)} and {tuple(v) for (i, _), v in scores.items() if i.startswith('H1')} == {(1.,)}
+    first = (tmp_path/'run'/'predictions.jsonl').read_bytes()
+    assert call(capsys, 'score', theirs, '--root', world, '--out', tmp_path/'run')[0] == 0 and (tmp_path/'run'/'predictions.jsonl').read_bytes() == first
+    # other answers do not slip into the same run
+    write_predictions(theirs, samples, {s.id: 'Sunny.' for s in samples})
+    code, _, err = call(capsys, 'score', theirs, '--root', world, '--out', tmp_path/'run')
+    assert code == 2 and 'were made with another model' in err
+
+
+def test_predictions_that_cannot_be_scored_say_why(capsys, tmp_path, world):
+    from vlm_repro.mmwalk.data import load
+    from vlm_repro.mmwalk.predictions import write_predictions
+    samples = [s for s in load(world).samples if s.meta['category'] == 'E2']
+    for name, why in (('eval_dummy_NoInput_0s', "'NoInput' is none of the input settings normal, single, dog+, drone+"), ('answers', '-p model … -p shots … -p views …')):
+        write_predictions(tmp_path/name, samples, {s.id: s.gold for s in samples})
+        assert why in wrong(capsys, 'score', tmp_path/name, '--root', world)
+    assert 'cannot be said of answers that are there already' in wrong(capsys, 'score', tmp_path/'answers', '--root', world, '-p', 'limit', '3')
+    assert 'holds no prediction file' in wrong(capsys, 'score', tmp_path, '--root', world)
+    assert 'no such run, and no such prediction files' in wrong(capsys, 'score', tmp_path/'nothing')
+    assert 'none of the test files' in wrong(capsys, 'score', tmp_path/'answers')
+    assert 'reaches no model' in wrong(capsys, 'score', tmp_path/'answers', '--root', world, '-p', 'model', 'm', '-p', 'shots', '0', '-p', 'views', 'normal', '--server', 'timeout=3')
+    (tmp_path/'answers'/'E2.jsonl').write_bytes(b''.join((tmp_path/'answers'/'E2.jsonl').read_bytes().splitlines(True)[1:]))
+    assert '1 gold questions without prediction' in wrong(capsys, 'score', tmp_path/'answers', '--root', world, '-p', 'model', 'm', '-p', 'shots', '0', '-p', 'views', 'normal')
+
+
+def test_how_a_server_is_asked_is_checked_before_anything_is_written(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ('run', 'mmwalk', '--out', 'made', '-p', 'server')
+    assert 'it takes concurrency, timeout, retries, token_field' in wrong(capsys, *given, 'threads=3')
+    assert 'reaches no model' in wrong(capsys, *given, 'timeout=3') and not Path('made').exists()
+
+
 # data
 
 

@@ -2,11 +2,12 @@
 import json
 
 import pytest
-from fault_proxy import completion, fault_proxy, in_order, listen, once_each
+from fault_proxy import chat_server, fault_proxy, in_order, once_each
 
 from vlm_repro.core.records import Answer, Sample
 from vlm_repro.core.runs import open_run, read_run
 from vlm_repro.metrics.judge import (
+    JudgeError,
     JudgeItem,
     JudgePrompt,
     ModelJudge,
@@ -17,6 +18,7 @@ from vlm_repro.metrics.judge import (
     failed_scores,
     first_digit,
     flips,
+    judge_of,
     lone_integer,
     read_prompt,
     response_text,
@@ -75,23 +77,12 @@ def test_a_prompt_file_says_what_it_lacks(tmp_path, text, why):
 
 # a judge over HTTP: it replies with what the predicted answer, after `say `, tells it to
 
-@pytest.fixture(scope='module')
-def bodies(): return []
+def told(body): return body['messages'][1]['content'].split('Predicted Answer: ')[1].split('\n')[0].removeprefix('say ')
 
 
 @pytest.fixture(scope='module')
 def server(bodies):
-    def handle(handler):
-        body = json.loads(handler.rfile.read(int(handler.headers['Content-Length'])))
-        bodies.append(body)
-        predicted = body['messages'][1]['content'].split('Predicted Answer: ')[1].split('\n')[0]
-        out = completion(body, predicted.removeprefix('say '))
-        handler.send_response(200)
-        handler.send_header('Content-Type', 'application/json')
-        handler.send_header('Content-Length', str(len(out)))
-        handler.end_headers()
-        handler.wfile.write(out)
-    with listen(handle) as url: yield url
+    with chat_server(told, bodies) as url: yield url
 
 
 @pytest.fixture
@@ -141,24 +132,57 @@ def test_faults_change_no_score(server, tmp_path):
 
 def test_a_judge_that_times_out_is_a_failure_and_not_a_score(server, run):
     samples = asked(3)
-    with fault_proxy(server, lambda n, body: 'timeout' if b'Question 1?' in body else None, hang=.6) as (url, _):
-        scores = measure(samples, answers(samples, lambda i: 'say 5'), judge_at(url, timeout=.3, max_retries=0), run)
+    with fault_proxy(server, lambda n, body: 'timeout' if b'Question 1?' in body else None, hang=3.) as (url, _):
+        scores = measure(samples, answers(samples, lambda i: 'say 5'), judge_at(url, timeout=1.5, max_retries=0), run)
     assert corrected(scores) == {'s0': 5, 's1': None, 's2': 5}
     flipped = flips(scores)
     assert [(f.id, f.as_published) for f in flipped] == [('s1', 1)] and flipped[0].label.startswith('timeout')
     assert '1 timeout' in flipped._repr_markdown_()
 
 
-def test_a_refused_key_stops_the_asking_and_a_later_run_completes_it(server, run):
-    samples, key = asked(80), {'valid': False}
+@pytest.mark.parametrize(('fault', 'label'), [('401', 'auth'), ('404', 'not_found')])
+def test_a_judge_that_refuses_stops_the_run_and_a_later_one_completes_it(server, run, fault, label):
+    samples, open_door = asked(80), {'valid': False}
     said = answers(samples, lambda i: 'say 3')
-    with fault_proxy(server, lambda n, body: None if key['valid'] else '401') as (url, proxy):
-        scores = measure(samples, said, judge_at(url, concurrency=1), run, batch_size=8)
-        assert len(proxy.log) == 1
-        assert set(corrected(scores).values()) == {None} and {s.label.split(':')[0] for s in scores} == {'auth', 'server'}
-        assert {s.values for s in scores if s.variant == 'as_published'} == {(1.,)}
-        key['valid'] = True
+    with fault_proxy(server, lambda n, body: None if open_door['valid'] else fault) as (url, proxy):
+        with pytest.raises(JudgeError, match=f'answered nobody: {label}: '): measure(samples, said, judge_at(url, concurrency=1), run, batch_size=8)
+        assert len(proxy.log) == 1 and len(run.rows('judge')) == 8
+        open_door['valid'] = True
         assert set(corrected(measure(samples, said, judge_at(url), run)).values()) == {3} and len(proxy.log) == 81
+
+
+def test_a_key_that_is_refused_halfway_loses_no_reply(server, run):
+    samples, refused = asked(20), {'from': 10}
+    said = answers(samples, lambda i: 'say 3')
+    with fault_proxy(server, lambda n, body: '401' if n >= refused['from'] else None) as (url, proxy):
+        with pytest.raises(JudgeError): measure(samples, said, judge_at(url, concurrency=1), run, batch_size=5)
+        assert sum(row['reply'] == '3' for row in run.rows('judge')) == 10
+        refused['from'] = 99
+        assert set(corrected(measure(samples, said, judge_at(url), run)).values()) == {3} and len(proxy.log) == 21
+
+
+@pytest.mark.parametrize('n', [3, 40])
+def test_a_judge_that_reaches_nobody_ends_in_no_table(server, run, n):
+    samples = asked(n)
+    with fault_proxy(server, lambda n, body: '500') as (url, proxy):
+        with pytest.raises(JudgeError, match='answered nobody: server: '):
+            measure(samples, answers(samples, lambda i: 'say 3'), judge_at(url, max_retries=0, concurrency=8), run, batch_size=8)
+    assert len(proxy.log) == (2*n if n == 3 else 24) and {row['error'].split(':')[0] for row in run.rows('judge')} == {'server'}
+
+
+def test_who_replied_is_kept_with_the_replies(server, run):
+    samples = asked(2)
+    said = answers(samples, lambda i: 'say 4')
+    judge = judge_at(server)
+    measure(samples, said, judge, run)
+    kept = judge_of(run)
+    assert kept['model']['answered_by'] == ['judge-2026-01-01'] and kept['decoding'] == {'temperature': 0, 'max_new_tokens': 64}
+    assert kept['prompt']['provenance'] == 'paraphrase' and len(kept['prompt']['digest']) == 16
+    # a judge that is not loaded, because every reply is stored, knows nothing of its own and takes nothing away
+    measure(samples, said, judge_at(server), run)
+    assert judge_of(run) == kept
+    measure(samples, said, load_judge('lexical'), run)
+    assert judge_of(run) == {'judge': 'lexical@1', 'kind': 'rule'}
 
 
 def test_an_unreadable_reply_is_asked_for_once_more_and_then_given_up(server, bodies, run):

@@ -88,7 +88,9 @@ def test_scoring_anew_pays_for_no_reply_twice(world, tmp_path, judge):
     made = len(calls)
     rescore(tmp_path/'run', tmp_path/'judged', judge=spec).close()
     assert made and len(calls) == made
-    assert json.loads((tmp_path/'judged'/'manifest.json').read_text())['judge'] == spec
+    about = json.loads((tmp_path/'judged'/'manifest.json').read_text())['judge']
+    assert about['judge'] == spec and about['model']['answered_by'] == ['judge-2026-01-01'] and about['prompt']['digest']
+    assert json.loads((tmp_path/'run'/'manifest.json').read_text())['judge'] == {'judge': 'lexical@1', 'kind': 'rule'}
 
 
 def test_scoring_needs_answers_and_no_manifest(world, tmp_path):

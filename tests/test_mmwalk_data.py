@@ -51,7 +51,7 @@ def test_real_annotations_pass_the_count_check():
     report = check(real_root())
     seconds = time.process_time() - start
     assert report.ok, [r for r in report.rows if not r.ok]
-    assert report.releases == {'train': 'v2', 'val': 'v2', 'test': 'v2'} and not report.problems
+    assert report.releases == {'train': 'v2', 'val': 'v2', 'test': 'v2', 'eval_dummy_NoInput_0s': 'v1'} and not report.problems
     assert sum(r.expected is not None for r in report.rows) > 150
     assert seconds < 60, f'checking all splits took {seconds:.0f} s'
 
@@ -102,6 +102,28 @@ def test_v1_predictions_are_refused_against_v2_gold(real):
     assert release_of(dummy.samples) == 'v1'
     with pytest.raises(DataError, match='predictions of release v1 do not go with gold answers of release v2: v1 splits by question'):
         pair(real['test'].samples, dummy)
+
+
+def test_the_check_counts_the_v1_predictions_and_says_that_they_do_not_fit():
+    from vlm_repro.mmwalk.check import check
+    report = check(real_root())
+    rows = {r.what: r for r in report.rows if r.split == 'eval_dummy_NoInput_0s'}
+    assert report.ok and report.releases['eval_dummy_NoInput_0s'] == 'v1' and report.releases['test'] == 'v2'
+    v1 = expected_counts()['v1']['test']['per_category']
+    assert [(rows[f'predictions of {c}'].found, rows[f'predictions of {c}'].expected) for c in ('E1', 'M2')] == [(v1[c], v1[c]) for c in ('E1', 'M2')]
+    assert rows['files are the released ones'].found is True and rows['can be scored here'].found.startswith('no: they are of release v1')
+
+
+def test_a_prediction_folder_that_lost_lines_fails_the_check(tmp_path):
+    from vlm_repro.mmwalk.check import check_predictions
+    folder = tmp_path/'eval_dummy_NoInput_0s'
+    folder.mkdir()
+    (folder/'M2.jsonl').write_bytes(b''.join((real_root()/folder.name/'M2.jsonl').read_bytes().splitlines(True)[:-3]))
+    rows, problems, release = check_predictions(folder, 'v1')
+    assert (release, problems) == ('v1', []) and {r.what for r in rows if not r.ok} == {'predictions', 'predictions of M2', 'files are the released ones'}
+    (folder/'E1.jsonl').write_text('{"conversation": [')
+    assert [p.label for p in check_predictions(folder, 'v1')[1]] == ['broken_line']
+    assert [p.label for p in check_predictions(tmp_path, 'v1')[1]] == ['predictions']
 
 
 def test_v1_predictions_pair_silently_by_position_as_published(real):
@@ -212,10 +234,18 @@ def test_empty_files_are_named(root):
     with pytest.raises(DataError, match='no usable record'): load(root)
 
 
+def with_images(record, n):
+    "The record with its first images alone, or with the last one twice."
+    *images, text = record['conversation'][0]['content']
+    record['conversation'][0]['content'] = [*(images + images[-1:])[:n], text]
+    return record
+
+
 @pytest.mark.parametrize('line, label', [
     (b'{"conversation": [', 'broken_line'), (b'[]\n', 'broken_line'), (b'{"a": "\xff\xfe"}\n', 'broken_line'), (b'\x00\x00\x00\n', 'broken_line'), (b'{}\n', 'bad_record'),
     (json.dumps({**chat('E1'), 'category': 'E7'}).encode(), 'unknown_category'), (json.dumps({**chat('E1'), 'category': None}).encode(), 'unknown_category'),
-    (json.dumps(chat('H2')).encode(), 'wrong_category'),
+    (json.dumps(chat('H2')).encode(), 'wrong_category'), (json.dumps({**chat('E1'), 'difficulty': 'Hard'}).encode(), 'wrong_difficulty'),
+    (json.dumps(with_images(chat('E1'), 3)).encode(), 'wrong_views'), (json.dumps(with_images(chat('E1'), 5)).encode(), 'wrong_views'),
     (GATE.replace(b'Question', b'Frage'), 'no_question'), (json.dumps(chat('E1', answer=' ')).encode(), 'no_gold'),
     (GATE.replace(b'drone/rgb/000007', b'drone/rgb/000008'), 'mixed_frames'), (GATE.replace(b'../QAFrames/', b'../../'), 'path_leaves_root'),
     (GATE.replace(b'../QAFrames/', b'/etc/'), 'path_leaves_root'), (GATE.replace(b'walker/rgb', b'cat/rgb'), 'bad_path'),

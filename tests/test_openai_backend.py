@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from fault_proxy import completion, fault_proxy, in_order, listen, once_each
+from fault_proxy import chat_server, fault_proxy, in_order, listen, once_each
 from PIL import Image
 
 from vlm_repro.core.media import open_image
@@ -34,21 +34,8 @@ def say(body):
 
 
 @pytest.fixture(scope='module')
-def bodies(): return []
-
-
-@pytest.fixture(scope='module')
 def chat(bodies):
-    def handle(handler):
-        body = json.loads(handler.rfile.read(int(handler.headers['Content-Length'])))
-        bodies.append(body)
-        out = completion(body, say(body), 'length' if body['max_tokens'] < 5 else 'stop')
-        handler.send_response(200)
-        handler.send_header('Content-Type', 'application/json')
-        handler.send_header('Content-Length', str(len(out)))
-        handler.end_headers()
-        handler.wfile.write(out)
-    with listen(handle) as url: yield url
+    with chat_server(say, bodies, 5) as url: yield url
 
 
 def text(id, words='hello'): return Request(id, [{'role': 'user', 'content': [{'type': 'text', 'text': f'{words} {id}'}]}], 'ours')
@@ -136,7 +123,7 @@ def test_a_refused_key_stops_everything(chat, monkeypatch):
     assert sum(g.attempt == 0 for g in got) >= 18
 
 
-@pytest.mark.parametrize('fault,label', [('quota', 'rate_limit'), ('too-long', 'overflow'), ('404', 'server')])
+@pytest.mark.parametrize('fault,label', [('quota', 'rate_limit'), ('too-long', 'overflow'), ('404', 'not_found')])
 def test_what_trying_cannot_mend_is_asked_once(fault, label, chat):
     with fault_proxy(chat, lambda n, body: fault) as (url, proxy): got, = ask(url, [text('a')])
     assert got.error.startswith(f'{label}: ') and len(proxy.log) == 1
@@ -291,4 +278,4 @@ def test_one_wait_that_is_not_waited_for_holds_nobody_up(wait):
 
 def test_a_model_the_server_has_not_is_asked_for_once(chat):
     with fault_proxy(chat, lambda n, body: '404') as (url, proxy): got = ask(url, [text(str(i)) for i in range(12)], concurrency=2)
-    assert len(proxy.log) <= 2 and all(g.error.startswith('server: ') and 'name of the model' in g.error for g in got)
+    assert len(proxy.log) <= 2 and all(g.error.startswith('not_found: ') and 'name of the model' in g.error for g in got)

@@ -10,7 +10,7 @@ __all__ = ['app', 'common', 'main', 'run', 'papers', 'ask', 'score', 'compare', 
 # %% ../nbs/cli.ipynb #da1e2c1f
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,9 @@ from .cli_models import models_app
 from .cli_run import join_pairs
 from .cli_train import train_app
 from .core.text import columns
+
+if TYPE_CHECKING:
+    from vlm_repro.core.runs import RunFolder
 
 # %% ../nbs/cli.ipynb #9658e53b
 app = typer.Typer(name='vlm-repro', no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -53,8 +56,9 @@ def _failures() -> tuple[type[Exception], ...]:
     from vlm_repro.cli_run import CellFailed
     from vlm_repro.core.download import DownloadError
     from vlm_repro.core.generate import GenerateError
+    from vlm_repro.metrics.judge import JudgeError
     from vlm_repro.train.recipe import TrainError
-    return CellFailed, DownloadError, GenerateError, TrainError
+    return CellFailed, DownloadError, GenerateError, JudgeError, TrainError
 
 def _say(text:str, code:int) -> int:
     print(text, file=sys.stderr)
@@ -150,22 +154,35 @@ def _ask(model:str, images:list[str], question:str, options:dict, depth_mode:str
     return json.dumps(to_row(answer), ensure_ascii=False, indent=2) if as_json else answer.text
 
 # %% ../nbs/cli.ipynb #a62ed246
+def _scored(folder:str, out:str|None, paper:str, given:dict[str, Any]) -> 'RunFolder':
+    from pathlib import Path
+
+    from vlm_repro.core.adopted import score_files
+    from vlm_repro.core.tasks import rescore
+    if not Path(folder).exists(): raise ValueError(f'{folder}: no such run, and no such prediction files')
+    return rescore(folder, out, **given) if (Path(folder)/'settings.json').exists() else score_files(paper, folder, out, **given)
+
 @app.command(short_help="Score a run's answers again.")
 def score(
-    folder:Annotated[str, typer.Argument(metavar='RUN', help='The folder of a run that has its answers.')],
+    folder:Annotated[str, typer.Argument(metavar='RUN', help="The folder of a run that has its answers, or prediction files in a paper's own form: a folder, or one file.")],
     judge:Annotated[str, typer.Option(help='Another judge: lexical, or a model string such as openai:gpt-4o-mini.')]='',
     parameter:Annotated[list[str], typer.Option('-p', '--parameter', metavar='NAME VALUE', help='Another parameter of scoring; may be repeated.')]=[],
     out:Annotated[str, typer.Option(help='The folder of the new run; by default named after its settings.')]='',
+    root:Annotated[str, typer.Option(help='For prediction files: the data root with the gold answers; by default the folder that theirs lies in.')]='',
+    paper:Annotated[str, typer.Option(help='For prediction files: whose form they have.')]='mmwalk',
+    server:Annotated[str, typer.Option(help='How a judge behind a server is asked, such as concurrency=16,timeout=60.')]='',
 ) -> None:
     """Extract, score and tabulate a run's answers again, with no model and no image.
 
     With another judge or parameter the result is a run of its own; with nothing changed, the run named after those settings is scored anew in its place. Stored replies of the judge are kept.
 
     vlm-repro score runs/mmwalk/1a2b3c --judge openai:gpt-4o-mini
+
+    vlm-repro score theirs/eval_Qwen2_normal_0s --root DIR
     """
     from vlm_repro.cli_run import closing, parse_pairs
-    from vlm_repro.core.tasks import rescore
-    made = rescore(folder, out or None, **{**parse_pairs(parameter), **({'judge': judge} if judge else {})})
+    given = {**parse_pairs(parameter), **({'judge': judge} if judge else {}), **({'server': server} if server else {}), **({'data_root': root} if root else {})}
+    made = _scored(folder, out or None, paper, given)
     made.close()
     typer.echo(closing(made.root))
 

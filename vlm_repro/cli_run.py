@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/cli_run.html.md"""
 
 # %% auto #0
 __all__ = ['PAIRED', 'join_pairs', 'parse_value', 'parse_pairs', 'Parameter', 'paper_parameters', 'check_names', 'run_folder',
-           'CellFailed', 'run_paper', 'closing']
+           'CellFailed', 'execute_notebook', 'run_paper', 'closing']
 
 # %% ../nbs/cli_run.ipynb #b9f639b6
 import difflib
@@ -94,19 +94,25 @@ def run_folder(
     values:Mapping[str, Any], # every parameter of the notebook
 ) -> Path: # `runs/<paper>/<digest of the settings>`
     "The folder of a run; raises ValueError for a value that is not possible, or that would fail after generation."
-    from vlm_repro.core.params import check_counts
+    from vlm_repro.core.params import check_runtime
     from vlm_repro.core.tasks import check_settings, get_task, make_settings
     task = get_task(paper)
     settings = make_settings(task, {f.name: values[f.name] for f in fields(task.settings) if f.name in values})
     check_settings(task, settings)
-    check_counts(values)
+    check_runtime(values, values)
     return default_out(paper, {'paper': paper, **asdict(settings)})
 
 # %% ../nbs/cli_run.ipynb #20984864
 class CellFailed(Exception):
     "A notebook that stopped: at which cell, why, and where it is."
 
-def _execute(source:Path, target:Path, values:Mapping[str, Any], progress:bool) -> None:
+def execute_notebook(
+    source:Path, # the notebook
+    target:Path, # the executed copy to write
+    values:Mapping[str, Any], # its parameters
+    progress:bool=True, # show which cell is running
+) -> None:
+    "Executes a notebook with papermill; raises CellFailed, with the cell and the reason, if it stops."
     import papermill
     from nbclient.exceptions import DeadKernelError
     try: papermill.execute_notebook(str(source), str(target), dict(values), kernel_name='python3', progress_bar=progress)
@@ -129,7 +135,7 @@ def run_paper(
     own = run_folder(paper, values)  # checks the values too, before papermill writes them into a notebook
     folder = Path(out or given.get('out') or own)
     folder.mkdir(parents=True, exist_ok=True)
-    _execute(paper_notebook(paper), folder/'notebook.ipynb', {**given, 'out': str(folder)}, progress)
+    execute_notebook(paper_notebook(paper), folder/'notebook.ipynb', {**given, 'out': str(folder)}, progress)
     return folder
 
 # %% ../nbs/cli_run.ipynb #5fbb5b4b

@@ -35,7 +35,7 @@ class Plan(tuple[PlanRow, ...]):
         return '| put it at | what | release | bytes | state | licence | from |\n|---|---|---|---|---|---|---|\n' + rows
 
 # %% ../../nbs/core/check.ipynb #3f9d31e5
-TOTALS = ('samples', 'frames', 'trajectories', 'images', 'clips', 'drives', 'videos')
+TOTALS = ('samples', 'predictions', 'frames', 'trajectories', 'images', 'clips', 'drives', 'videos')
 
 @dataclass(frozen=True)
 class CheckRow:

@@ -76,12 +76,13 @@ class GenerateReport:
 def _label(g:Generation) -> str:
     return g.error.split(':')[0] if g.error else ''
 
+_REFUSED = ('auth', 'not_found')  # what no other sample can fare better than
 _DOWN, _PATIENCE = ('server', 'timeout', 'rate_limit'), 3  # a server that answers nobody, and for how many batches that is borne
 
 def _check(made:Sequence[Generation], strict:bool) -> None:
     bad = [g for g in made if g.error]
     if bad and strict: raise GenerateError(f'{bad[0].id}: {bad[0].error} (strict=True stops at the first failure; what was answered is kept)')
-    if bad and all(_label(g) == 'auth' for g in made): raise GenerateError(f'{bad[0].id}: {bad[0].error} (set a valid key and run again to continue)')
+    if bad and all(_label(g) in _REFUSED for g in made): raise GenerateError(f'{bad[0].id}: {bad[0].error} (mend that and run again to continue)')
 
 def _batch(model:'Model', batch:Sequence[tuple[Request, int]], run:RunFolder, max_new_tokens:int) -> list[Generation]:
     start = time.perf_counter()

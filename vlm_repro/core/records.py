@@ -50,7 +50,7 @@ class Request:
     provenance: str # `verbatim` (the paper's exact text), `paraphrase` or `ours`
 
 # %% ../../nbs/core/records.ipynb #999b6759
-ERROR_LABELS = ('media', 'overflow', 'timeout', 'rate_limit', 'auth', 'server', 'bad_reply', 'oom')
+ERROR_LABELS = ('media', 'overflow', 'timeout', 'rate_limit', 'auth', 'not_found', 'server', 'bad_reply', 'oom')
 
 @dataclass(frozen=True)
 class Generation:

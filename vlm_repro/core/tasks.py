@@ -19,12 +19,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .params import RULES, check_counts, check_models, check_types
+from .params import RULES, check_models, check_runtime, check_types
 from .pins import model_of, pin_media, pin_model, pin_value
 from .records import Answer, Generation, Request, Sample, Score, from_row, to_row
 from .runs import RunError, RunFolder, default_out, open_run, pin, read_run
 
 if TYPE_CHECKING:
+    from vlm_repro.core.adopted import Adopted
     from vlm_repro.report.published import Cells, Eligibility, Published, Verdicts
     from vlm_repro.train.render import Example
 
@@ -65,6 +66,7 @@ class Task:
     world: Callable[[Path, int], Path] # builds the embedded world at a path from a seed
     export: Callable[[RunFolder, Any], Path] # writes the files that the paper's own scripts write
     examples: Callable[[Any, str], Sequence['Example']]|None = None # train: the conversations of a split (`train`, `val`); None where the paper trains nothing
+    adopt: Callable[[Path, Mapping[str, Any]], 'Adopted']|None = None # generate: answers in the paper's own prediction files, to be scored as a run
     check: Callable[[Any], None]|None = None # what can be wrong with settings and would be met only after generation: files that they name, the judge
     rescore: tuple[str, ...] = () # parameters that matter only after generation, so that a finished run can be scored anew with others
 
@@ -87,7 +89,7 @@ def make_settings(
     known = {f.name for f in fields(task.settings)}
     if odd := sorted(params.keys() - known): raise ValueError(f'{task.name} has no parameter {", ".join(odd)}; valid: {", ".join(sorted(known))}')
     check_types(task.settings, params)
-    check_models(params)
+    check_models(params, {f.name: f.default for f in fields(task.settings)})
     return task.settings(**params)
 
 # %% ../../nbs/core/tasks.ipynb #adb5d3b0
@@ -124,7 +126,7 @@ def start(
     **runtime:Any, # how the run is carried out: batch size, processes
 ) -> RunFolder: # locked for this process
     "Opens the run folder; raises RunError if it holds another run or another process writes there, ValueError for settings that would fail after generation."
-    check_counts(runtime)
+    check_runtime(runtime, asdict(settings))
     check_settings(task, settings)
     named = {'paper': task.name, **asdict(settings)}
     return open_run(out or default_out(task.name, named), named, runtime)
@@ -251,10 +253,12 @@ def _take_over(old:RunFolder, run:RunFolder) -> None:
     kept = {row['id'] for row in run.rows('judge')}
     run.append('judge', [row for row in old.rows('judge') if row['id'] not in kept])
     run.write_text('data.json', old.path('data.json').read_text(encoding='utf-8'))
+    if old.path('judge.json').exists() and not run.path('judge.json').exists(): run.write_text('judge.json', old.path('judge.json').read_text(encoding='utf-8'))
 
 def rescore(
     source:str|Path, # the folder of a run that has answered everything
     out:str|Path|None=None, # the new run's folder; None for one named after its settings
+    server:str='', # how a judge behind a server is asked, such as `concurrency=16`
     **changed:Any, # parameters of scoring, such as the judge
 ) -> RunFolder: # locked for this process
     "Runs extract, score and table on another run's answers; raises ValueError for a parameter that would have changed the answers."
@@ -264,7 +268,7 @@ def rescore(
     task = get_task(old.settings['paper'])
     if odd := sorted(changed.keys() - set(task.rescore)): raise ValueError(f'{", ".join(odd)} would change the answers; only {", ".join(task.rescore)} can be changed after generation')
     settings = make_settings(task, {**{k: v for k, v in old.settings.items() if k != 'paper'}, **changed})
-    run = start(task, settings, out)
+    run = start(task, settings, out, server=server)
     try: return _score_anew(task, settings, old, run, model)
     except BaseException:
         run.close()
@@ -277,5 +281,5 @@ def _score_anew(task:Task, settings:Any, old:RunFolder, run:RunFolder, model:Map
     extract_run(task, settings, run)
     score_run(task, settings, run)
     table_run(task, settings, run)
-    finish_run(task, settings, run, model, **({'judge': settings.judge} if hasattr(settings, 'judge') else {}), rescored_from=answers_digest(old.rows('predictions')))
+    finish_run(task, settings, run, model, rescored_from=answers_digest(old.rows('predictions')))
     return run

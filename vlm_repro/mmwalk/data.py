@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/mmwalk/data.html.md"""
 
 # %% auto #0
 __all__ = ['SPLITS', 'TEST_FOLDER', 'TRAIN_FOLDER', 'ARCHIVE', 'Line', 'ORDERS', 'files_of_test', 'train_source', 'iter_train',
-           'sha256_of', 'load', 'parse_categories', 'chance', 'choose']
+           'sha256_of', 'train_files', 'load', 'parse_categories', 'chance', 'choose']
 
 # %% ../../nbs/mmwalk/data.ipynb #b88bb7b8
 import hashlib
@@ -57,7 +57,7 @@ def _once(lines:Iterator[Line]) -> Iterator[Sample | Problem]:
             keys = (item.id,), _content_key(item)
             before = seen.get(keys[0]) or seen.get(keys[1])
             if before: item = Problem('duplicate', where, f'the same id, or the same question of the same frame, as {before}; remove one of them')
-            else: seen |= dict.fromkeys(keys, where)
+            else: seen[keys[0]] = seen[keys[1]] = where
         yield item
 
 # %% ../../nbs/mmwalk/data.ipynb #678632ff
@@ -122,7 +122,7 @@ def iter_train(
         with path.open('rb') as f: yield from _sampled(f, path.name, make)
         return
     try:
-        with zipfile.ZipFile(path) as z, z.open(member) as f: yield from _sampled(f, f'{path.name}/{member}', make)
+        with zipfile.ZipFile(path) as z, z.open(member) as f: yield from _sampled(io.BufferedReader(f, 1 << 20), f'{path.name}/{member}', make)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e: raise DataError(f'{path.name}/{member} cannot be unpacked ({e}); fetch the archive again') from e
 
 # %% ../../nbs/mmwalk/data.ipynb #e914c600
@@ -133,13 +133,23 @@ def sha256_of(
     with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../../nbs/mmwalk/data.ipynb #4a5c7302
+_WHOLE_FILES = ('missing_file', 'empty_file') # problems that are no record
+
+def train_files(
+    root:Path|str, # the data root
+) -> dict[str, str]: # path below the root → SHA-256
+    "The file that training questions and shots come from; raises DataError when there is none."
+    root = Path(root).expanduser().absolute()
+    path = train_source(root, 'train')[0]
+    return {path.relative_to(root).as_posix(): sha256_of(path)}
+
 def _identity(root:Path, files:Sequence[Path], split:str, samples:Sequence[Sample], problems:Sequence[Problem], frames:Path,
               mark:tuple[str, str]|None) -> dict[str, Any]:
     hashes = {p.relative_to(root).as_posix(): sha256_of(p) for p in files}
     official = all(known_files().get(name, {}).get('sha256') == h for name, h in hashes.items())
     if split == 'test': official = official and len(files) == len(CATEGORIES)
     return {'name': 'mmWalk', 'release': 'world' if mark and mark[0] == 'world' else release_of(samples), 'split': split, 'n': len(samples), 'files': hashes,
-            'official': official, 'frames': mark[0] if mark else 'present' if frames.is_dir() else 'absent', 'left_out': sum(p.dropped for p in problems)}
+            'official': official, 'frames': mark[0] if mark else 'present' if frames.is_dir() else 'absent', 'left_out': sum(p.dropped and p.label not in _WHOLE_FILES for p in problems)}
 
 # %% ../../nbs/mmwalk/data.ipynb #908f7436
 def _gather(root:Path, split:str) -> tuple[list[Path], list[Sample | Problem]]:
@@ -166,9 +176,9 @@ def load(
     folder = Path(frames).expanduser().absolute() if frames else root/'QAFrames'
     mark = marker_of(root) or marker_of(folder.parent)
     identity = _identity(root, files, split, samples, problems, folder, mark)
-    if split != 'test': samples = recover(samples)
-    samples = tuple(replace(s, meta={**s.meta, 'release': identity['release']}) for s in samples)
-    return Dataset(samples, str(folder), identity, mark[1] if mark else None, tuple(problems))
+    if split == 'test': samples = [replace(s, meta={**s.meta, 'release': identity['release']}) for s in samples]
+    else: samples = recover(samples, release=identity['release'])
+    return Dataset(tuple(samples), str(folder), identity, mark[1] if mark else None, tuple(problems))
 
 # %% ../../nbs/mmwalk/data.ipynb #376cb3fd
 def parse_categories(

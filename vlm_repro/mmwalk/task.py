@@ -7,23 +7,26 @@ Docs: https://vlm-repro.github.io/vlm_repro/mmwalk/task.html.md"""
 # %% auto #0
 __all__ = ['FINETUNED', 'WORLD_SEED', 'WORLD_SIZE', 'TUNING_SIZE', 'task', 'MmwalkSettings', 'prompt_settings', 'data_folder',
            'load_questions', 'render_questions', 'training_examples', 'training_recipe', 'extract_answers',
-           'score_answers', 'reduce_scores', 'claim', 'paper_table', 'write_published_files', 'check_inputs']
+           'score_answers', 'reduce_scores', 'claim', 'paper_table', 'write_published_files', 'check_inputs',
+           'adopt_predictions']
 
 # %% ../../nbs/mmwalk/task.ipynb #03b0b535
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.adopted import Adopted
+from ..core.params import server_of
 from ..core.records import Answer, Generation, Request, Sample, Score, from_row
 from ..core.runs import RunFolder
-from ..core.tasks import Dataset, Task, one_of
+from ..core.tasks import Dataset, Task, make_settings, one_of
 from ..report.published import Cells, Eligibility, Published, load_published
-from .data import choose, load, parse_categories
+from .data import choose, load, parse_categories, sha256_of, train_files
 from .extract import extract
 from .finetune import conversations
-from .predictions import folder_name
-from .prompt import LAYOUTS, PromptSettings, render
+from .predictions import Predictions, folder_name, pair, parse_folder, read_predictions
+from .prompt import LAYOUTS, VIEWS, PromptSettings, provenance_of, render
 from .score import load_judge, measure, row_name, table_cells
 from .shots import shots_for
 from .upstream import write_upstream
@@ -102,6 +105,7 @@ def load_questions(
     whole = load(data_folder(settings), settings.split)
     chosen = choose(whole.samples, settings.categories, settings.limit or None, settings.seed)
     identity = {**whole.identity, 'asked': len(chosen), 'trajectories': sorted({s.meta['trajectory'] for s in whole.samples})}
+    if settings.n_shots or settings.tunes: identity['train_files'] = train_files(data_folder(settings))
     return Dataset(chosen, whole.frames, identity, whole.watermark, whole.problems)
 
 # %% ../../nbs/mmwalk/task.ipynb #d4e5b999
@@ -152,7 +156,7 @@ def score_answers(
     run:RunFolder, # locked; keeps every reply of the judge
 ) -> list[Score]: # both variants
     "Scores the answers with the run's judge."
-    return measure(samples, answers, load_judge(settings.judge, settings.judge_prompt or None), run)
+    return measure(samples, answers, load_judge(settings.judge, settings.judge_prompt or None, **server_of(settings.judge, run.runtime)), run)
 
 def reduce_scores(
     samples:Sequence[Sample], # of the run
@@ -202,8 +206,34 @@ def check_inputs(
     one_of('layout', settings.layout, [layout for layout in LAYOUTS if layout != 'training'])
     load_judge(settings.judge, settings.judge_prompt or None)
 
+# %% ../../nbs/mmwalk/task.ipynb #dde53501
+_ADOPTED = ('data_root', 'model', 'views', 'shots', 'judge', 'judge_prompt', 'published')
+
+def _adopted_settings(name:str, found:Predictions, params:Mapping[str, Any]) -> MmwalkSettings:
+    if lost := {'model', 'views', 'shots'} - params.keys():
+        try: told = parse_folder(name)
+        except ValueError as e: raise ValueError(f'{e}: say what its name does not, with -p {" -p ".join(f"{k} …" for k in sorted(lost))}') from e
+        params = {**{k: getattr(told, k) for k in lost}, **params}
+    if params['views'] not in VIEWS: raise ValueError(f'{name}: {params["views"]!r} is none of the input settings {", ".join(VIEWS)}; say which was meant with -p views …')
+    return make_settings(task, {**params, 'categories': ','.join(found.files)})
+
+def adopt_predictions(
+    path:Path, # a folder of predictions, or one file of it
+    params:Mapping[str, Any], # `data_root` if the folder does not lie in it, the judge, and what the folder's name does not tell
+) -> Adopted: # to be scored
+    "Prediction files of the published form; raises ValueError where they are of another release than the gold answers, or do not match them."
+    if odd := sorted(params.keys() - set(_ADOPTED)): raise ValueError(f'{", ".join(odd)} cannot be said of answers that are there already; only {", ".join(_ADOPTED)}')
+    folder, found = path.parent if path.is_file() else path, read_predictions(path)
+    root = Path(params.get('data_root') or folder.absolute().parent)
+    texts = {s.id: text for s, text in pair(load(root).samples, found)}
+    settings = _adopted_settings(folder.name, found, {**params, 'data_root': str(root)})
+    data, shown = load_questions(replace(settings, shots=0)), prompt_settings(settings)
+    requests = [replace(render(s, data.frames, shown), provenance=provenance_of(s, shown, settings.n_shots)) for s in data.samples]
+    files = {name: sha256_of(folder/name) for name in sorted(found.files.values())}
+    return Adopted(settings, data, requests, texts, {'backend': 'prediction files', 'name': folder.name, 'files': files})
+
 # %% ../../nbs/mmwalk/task.ipynb #f4364788
 task = Task(
     name='mmwalk', settings=MmwalkSettings, load=load_questions, prompt=render_questions, extract=extract_answers, score=score_answers, cells=reduce_scores,
     published=paper_table, eligibility=claim, examples=training_examples, cluster='trajectory', unit='0-100', world=build_world, export=write_published_files,
-    check=check_inputs, rescore=('judge', 'judge_prompt', 'published'))
+    check=check_inputs, adopt=adopt_predictions, rescore=('judge', 'judge_prompt', 'published'))

@@ -88,7 +88,6 @@ class Fault:
     detail: str # what happened, and what to do
     again: bool # can trying again help?
     after: float | None = None # seconds the server asked to wait
-    fatal: bool = False # no other request can fare better
 
 _FAULTS = ((openai.AuthenticationError, 'auth', False), (openai.PermissionDeniedError, 'auth', False), (openai.RateLimitError, 'rate_limit', True),
            (openai.InternalServerError, 'server', True), (openai.APITimeoutError, 'timeout', True), (TimeoutError, 'timeout', True),
@@ -118,7 +117,7 @@ def fault_of(
     label, again = next((label, again) for kind, label, again in _FAULTS if isinstance(error, kind))
     status, first = getattr(error, 'status_code', None), (str(error).splitlines() or [''])[0][:200]
     if label == 'auth': return Fault(label, f'{host} refused the key ({status}); set OPENAI_API_KEY', False)
-    if status == 404: return Fault(label, f'{host}: {first}; is the name of the model right?', False, fatal=True)
+    if status == 404: return Fault('not_found', f'{host}: {first}; is the name of the model right, and the address?', False)
     if label == 'timeout': return Fault(label, f'no answer from {host} in time; raise `timeout` or lower `concurrency`', again)
     if status in (400, 413, 422) and _TOO_LONG.search(str(error)): return Fault('overflow', f'{host}: {first}', False)
     if getattr(error, 'code', None) == 'insufficient_quota': return Fault(label, f'{host}: the quota is used up', False)
@@ -181,7 +180,7 @@ class _Traffic:
         while (left := self.not_before - time.monotonic()) > 0: await asyncio.sleep(left)
 
     def learn(self, fault:Fault, pause:float | None) -> None:
-        if fault.label == 'auth' or fault.fatal: self.refused = fault
+        if fault.label in ('auth', 'not_found'): self.refused = fault
         if fault.after is not None and pause is not None: self.not_before = max(self.not_before, time.monotonic() + fault.after)
 
 # %% ../../nbs/models/openai.ipynb #383f8292
