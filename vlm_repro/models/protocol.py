@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/models/protocol.html.md"""
 
 # %% auto #0
 __all__ = ['Lengths', 'Model', 'Prepared', 'Staged', 'ModelError', 'Spec', 'parse_spec', 'require_model', 'tiny_checkpoint',
-           'load_model']
+           'Origin', 'origin_of', 'load_model']
 
 # %% ../../nbs/models/protocol.ipynb #50241fb2
 import inspect
@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
 
 from ..core.records import Generation, Request
 
@@ -172,6 +173,21 @@ def _check_options(
     if unknown: raise ModelError(f'unknown model option {", ".join(unknown)}; valid ones: {", ".join(sorted(valid))}')
 
 # %% ../../nbs/models/protocol.ipynb #a195407a
+@dataclass(frozen=True)
+class Origin:
+    "What a model was loaded from."
+    spec: str # the model string
+    options: Mapping[str, Any] # the backend's; never a secret
+
+_origins:'WeakKeyDictionary[Model, Origin]' = WeakKeyDictionary()
+
+def origin_of(
+    model:Model, # any
+) -> Origin | None: # None for a model that `load_model` did not make
+    "What would load a model again."
+    return _origins.get(model)
+
+# %% ../../nbs/models/protocol.ipynb #53653c67
 def load_model(
     spec:str, # `tiny`, a path, a hub id, `openai:NAME` or `openai:NAME@http://host:port/v1`
     **options:Any, # the backend's own; for `tiny` also `tiny`, the paper whose checkpoint is meant (`mmwalk`)
@@ -181,5 +197,8 @@ def load_model(
     module, function = _backends[parsed.kind]
     loader = getattr(import_module(module), function)
     _check_options(loader, options, ('tiny',) if parsed.kind == 'tiny' else ())
+    origin = Origin(parsed.given, dict(options))
     if parsed.kind == 'tiny': parsed = replace(parsed, name=options.pop('tiny', 'mmwalk'))
-    return loader(parsed, **options)
+    model = loader(parsed, **options)
+    _origins[model] = origin
+    return model
