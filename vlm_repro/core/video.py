@@ -16,7 +16,7 @@ from fractions import Fraction
 from functools import lru_cache
 from operator import index as whole
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -156,8 +156,7 @@ def _decode(packet:Any) -> list[Any] | None:
     try: return packet.decode()
     except av.error.FFmpegError: return None
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     pts: int # time stamp of presentation
     dts: int # time stamp of decoding
     key: bool # can be decoded by itself
@@ -235,7 +234,7 @@ def frame_times(
     return (v.pts - v.pts[0])*float(v.tick)
 
 # %% ../../nbs/core/video.ipynb #edf7151f
-SEEK_COST = 16.
+SEEK_COST = 4.
 _COSTS = {'auto': SEEK_COST, 'seek': 0., 'linear': float('inf')}
 HOWS = (*_COSTS, 'decord')
 
@@ -320,7 +319,7 @@ def _gather(path:Path, index:VideoIndex, runs:Sequence[Run]) -> dict[int, Image.
     with _opened(path) as (container, stream):
         for run in runs:
             for i, frame in _run_frames(container, stream, index, run):
-                image = Image.fromarray(frame.to_ndarray(format='rgb24'))
+                image = Image.fromarray(frame.to_ndarray(format='rgb24', threads=1))
                 found[i] = image if index.turn is None else image.transpose(index.turn)
     return found
 
