@@ -7,7 +7,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/mmwalk/score.html.md"""
 # %% auto #0
 __all__ = ['JUDGE', 'PROMPT', 'E1_LABELS', 'H1_LEVELS', 'RUBRICS', 'CLUSTERS', 'published_request', 'scored_record',
            'lexical_rule', 'load_judge', 'items_of', 'measure', 'standardised', 'row_name', 'groups_of', 'table_cells',
-           'Baseline', 'Baselines', 'constant_baseline']
+           'Baseline', 'Baselines', 'constant_baseline', 'below_chance']
 
 # %% ../../nbs/mmwalk/score.ipynb #7708fb93
 from collections import Counter
@@ -223,3 +223,12 @@ def constant_baseline(
         best = max(tried, key=tried.__getitem__)
         out.append(Baseline(category, best, tried[best], _chance(category, golds, tried, scorer, pairs, seed), golds.total()))
     return out
+
+# %% ../../nbs/mmwalk/score.ipynb #9f066609
+def below_chance(
+    cells:Cells, # of a run, from `table_cells`
+    floors:Iterable[Baseline], # from `constant_baseline`
+) -> tuple[str, ...]: # categories, in the published order
+    "The categories whose corrected mean lies below that of golds dealt at random."
+    ours = {c.column: c.value for c in cells.where(table='categories', variant='corrected', unit='1-5') if c.value is not None}
+    return tuple(f.category for f in floors if ours.get(f.category, f.chance) < f.chance)

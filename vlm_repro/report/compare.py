@@ -139,7 +139,7 @@ def differences(
     return {k: (x.get(k), y.get(k)) for k in sorted(x.keys() | y.keys()) if x.get(k) != y.get(k)}
 
 def _about(run:RunData) -> dict[str, Any]:
-    return {k: run.manifest[k] for k in ('software', 'git', 'data', 'model', 'watermark') if run.manifest.get(k) is not None}
+    return {k: run.manifest[k] for k in ('software', 'machine', 'git', 'data', 'model', 'judge', 'watermark') if run.manifest.get(k) is not None}
 
 # %% ../../nbs/report/compare.ipynb #9206abdb
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ class Comparison:
     parted: Mapping[str, int] # stage to the number of shared samples that part there
     moved: Mapping[str, Mapping[str, float]] # metric and variant to stage to change of the mean, B less A
     settings: Mapping[str, tuple[Any, Any]] # settings that differ
-    environment: Mapping[str, tuple[Any, Any]] # packages, model and data that differ
+    environment: Mapping[str, tuple[Any, Any]] # packages, model and data that differ; empty unless both runs are complete
+    incomplete: tuple[str, ...] # runs without a manifest, which says those things
     paired: Mapping[str, Paired] # metric and variant to the paired test, B less A
 
     @property
@@ -213,7 +214,8 @@ def compare(
     return Comparison(
         _name(a, b), _name(b, a), tuple(i for i in a.samples if i not in b.samples), tuple(i for i in b.samples if i not in a.samples), len(ids),
         (*(_diff(s, f) for s, f in found.items()), _table(a, b)), {s: n for s in WALK if (n := sum(w == s for w in where.values()))},
-        _moved(pairs, where), differences(a.settings, b.settings), differences(_about(a), _about(b)), _tests(a, pairs, cluster))
+        _moved(pairs, where), differences(a.settings, b.settings), differences(_about(a), _about(b)) if a.complete and b.complete else {},
+        tuple(_name(x, y) for x, y in ((a, b), (b, a)) if not x.complete), _tests(a, pairs, cluster))
 
 def _name(run:RunData, other:RunData) -> str:
     return run.name if run.name != other.name else str(run.root)
@@ -238,6 +240,10 @@ def _short(value:Any) -> str:
     return text if len(text) <= 60 else text[:57] + '...'
 
 # %% ../../nbs/report/compare.ipynb #08e111ee
+def _note(c:Comparison) -> list[str]:
+    "What could not be compared; nothing where both runs are complete."
+    return [f'Not complete (no manifest.json): {", ".join(dict.fromkeys(c.incomplete))}; model, data and packages are not compared.'] if c.incomplete else []
+
 def _blocks(c:Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
     walk = [[s.stage, str(s.n), str(s.n_differ), _found(s), ', '.join(s.examples)] for s in c.stages]
     moves = [[kind, stage, f'{v:+.4g}'] for kind, by in c.moved.items() for stage, v in by.items()]
@@ -259,7 +265,7 @@ def markdown(
     c:Comparison, # what `compare` found
 ) -> str: # Markdown
     "A comparison as Markdown tables."
-    out = [f'**{_verdict(c)}**', f'A: {_md(c.a)}  \nB: {_md(c.b)}']
+    out = [f'**{_verdict(c)}**', f'A: {_md(c.a)}  \nB: {_md(c.b)}', *map(_md, _note(c))]
     for title, head, rows in _blocks(c):
         if not rows: continue
         lines = ['| ' + ' | '.join(head) + ' |', '|' + ' --- |'*len(head), *('| ' + ' | '.join(map(_md, r)) + ' |' for r in rows)]
@@ -270,7 +276,7 @@ def plain(
     c:Comparison, # what `compare` found
 ) -> str: # aligned columns
     "A comparison as text for a terminal."
-    out = [f'A  {c.a}', f'B  {c.b}', '', _verdict(c)]
+    out = [f'A  {c.a}', f'B  {c.b}', '', _verdict(c), *_note(c)]
     for title, head, rows in _blocks(c):
         if not rows: continue
         out += ['', title, columns(rows, head, indent='  ')]
