@@ -16,6 +16,18 @@ def bodies():
     return []
 
 
+@pytest.fixture(scope="module")
+def toy(request, tmp_path_factory):
+    """A folder with a random model of the module's `FAMILY`, for the recipes of `train_toy`; torch on one thread."""
+    import torch
+
+    from vlm_repro.models.families import random_checkpoint
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("toy")
+    random_checkpoint(request.module.FAMILY, folder / "model")
+    return folder
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     """Turn a skip that gives no reason into a failure."""

@@ -161,7 +161,7 @@ with asset('roadbuddy/defects.csv').open(encoding='utf-8', newline='') as file: 
 def test_the_table_of_defects_is_whole():
     assert list(ROWS[0]) == ['id', 'stage', 'what happens', 'switch', 'default', 'test']
     assert [r['id'] for r in ROWS] == [f'roadbuddy-{i:02d}' for i in range(1, 17)]
-    assert {r['stage'] for r in ROWS} <= {'data', 'frames', 'prompt', 'generate', 'extract', 'score', 'table', 'training'} and all(r['what happens'] and r['default'] for r in ROWS)
+    assert {r['stage'] for r in ROWS} <= {'data', 'frames', 'prompt', 'generate', 'extract', 'score', 'table', 'training'} and all(r['what happens'] and r['switch'] and r['default'] and r['test'] for r in ROWS)
 
 
 @pytest.mark.parametrize('row', [r for r in ROWS if '=' in r['default']], ids=lambda r: r['id'])

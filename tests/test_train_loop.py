@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_toy import toy_recipe
+from train_toy import FULL, losses, toy_recipe
 
 from vlm_repro.core.runs import RunError
-from vlm_repro.models.families import random_checkpoint
 from vlm_repro.train.checkpoints import checkpoints, last_checkpoint
 from vlm_repro.train.data import DataError
 from vlm_repro.train.loop import fine_tune
@@ -21,21 +20,7 @@ from vlm_repro.train.setup import load_trainable
 from vlm_repro.train.tuner import NothingLeft, Tuner
 from vlm_repro.train.watch import read_log
 
-FULL = {"method": "full", "parts": ["projector", "language_model", "embeddings", "head"]}
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> Path:
-    """A folder with a random model of Qwen2-VL's architecture; torch on one thread."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("toy")
-    random_checkpoint("qwen2_vl", folder / "model")
-    return folder
-
-
-def losses(out: Path) -> list[float]:
-    """The loss of every step."""
-    return [row["loss"] for row in read_log(Path(out) / "log.jsonl") if "loss" in row]
+FAMILY = "qwen2_vl"
 
 
 def train(toy: Path, out: Path, **changes: object):

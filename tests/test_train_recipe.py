@@ -12,6 +12,7 @@ from vlm_repro.train.data import DataError, source_examples
 from vlm_repro.train.parts import count_parts, freeze, lora_targets
 from vlm_repro.train.recipe import DEFAULT, GIVEN, Lora, RecipeError, change, flat, identity, load_recipe, recipe_rows, recipes, save_recipe
 from vlm_repro.train.render import get_mask
+from vlm_repro.train.setup import training_arguments
 
 NAMES = recipes()
 PAPERS = {"mmwalk": {"published", "corrected", "small", "tiny"}, "roadbuddy": {"published", "lora", "full", "small", "tiny"}, "robointer": {"published", "small"},
@@ -67,6 +68,18 @@ def test_what_a_recipe_trains_is_there_on_the_genuine_architecture(name):
     targets = lora_targets(net, recipe.tuning.targets)
     assert targets and not any("visual" in t or "vision" in t or "projector" in t for t in targets)
     assert count_parts(net)["language_model"].total
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_becomes_arguments_that_the_installed_trainer_knows(name, tmp_path):
+    here = {} if torch.cuda.is_available() else {"precision": "bf16"}
+    recipe = load_recipe(name, deepspeed=None, **here)
+    args = training_arguments(recipe, tmp_path, 10)
+    assert (args.max_steps, args.learning_rate, args.weight_decay, args.seed) == (10, recipe.learning_rate, recipe.weight_decay, recipe.seed)
+    assert (args.bf16, args.fp16, args.max_grad_norm) == (recipe.precision == "bf16", recipe.precision == "fp16", recipe.max_grad_norm)
+    assert (args.eval_strategy, args.save_strategy) == ("no", "no"), "the steps of the recipe decide"
+    with pytest.raises(TypeError, match="evaluation_strategy"):
+        hf.TrainingArguments(output_dir=str(tmp_path), evaluation_strategy="epoch")
 
 
 @pytest.mark.parametrize(("changes", "said"), [

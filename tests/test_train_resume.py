@@ -7,24 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_toy import main, toy_recipe
+from train_toy import FULL, main, toy_recipe
 
-from vlm_repro.models.families import random_checkpoint
 from vlm_repro.train.checkpoints import last_checkpoint, step_of
 from vlm_repro.train.loop import fine_tune
 from vlm_repro.train.watch import read_log
 
-FULL = {"method": "full", "parts": ["projector", "language_model", "embeddings", "head"]}
+FAMILY = "internvl"
 LORA = {"tuning.dropout": 0.2, "save_every": 3, "workers": 1}
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> Path:
-    """A folder with a random model of InternVL's architecture; torch on one thread."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("toy")
-    random_checkpoint("internvl", folder / "model")
-    return folder
 
 
 def history(out: Path) -> list[tuple[int, float, float]]:
@@ -73,10 +63,11 @@ def test_a_stopped_run_saves_its_step_and_ends_without_an_error(toy, tmp_path):
     same(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_whole_parts_resume_as_exactly(toy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [{"tuning": FULL, "part_rates": {"projector": 1e-4}}, {"keep_features": 1}], ids=["whole parts", "kept features"])
+def test_other_ways_resume_as_exactly(toy, tmp_path, monkeypatch, more):
     from vlm_repro.train.tuner import Tuner
 
-    changes = {"tuning": FULL, "save_every": 3, "part_rates": {"projector": 1e-4}}
+    changes = {"save_every": 3, **more}
     fine_tune(toy_recipe(toy, **changes), tmp_path / "whole", progress=False)
     for step in (4, 9):
         with monkeypatch.context() as m:

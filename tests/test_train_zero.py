@@ -7,29 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_toy import toy_recipe
+from train_toy import FULL, losses, toy_recipe
 
-from vlm_repro.models.families import random_checkpoint
 from vlm_repro.models.transformers import add_adapter, load_net
 from vlm_repro.train.checkpoints import last_checkpoint
 from vlm_repro.train.loop import fine_tune
-from vlm_repro.train.watch import read_log
 
-FULL = {"method": "full", "parts": ["projector", "language_model", "embeddings", "head"]}
+FAMILY = "qwen2_vl"
 TEXT = {"n": 26, "text_every": 2}
 KINDS = {"lora": {}, "whole": {"tuning": FULL}}
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> Path:
-    """A folder with a random model, and the runs of one process on it."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("toy")
-    random_checkpoint("qwen2_vl", folder / "model")
+@pytest.fixture(scope="module", autouse=True)
+def alone(toy) -> None:
+    """The runs of one process, beside the model."""
     for name, kind in KINDS.items():
-        fine_tune(toy_recipe(folder, **changes(kind)), folder / name, progress=False)
-    return folder
+        fine_tune(toy_recipe(toy, **changes(kind)), toy / name, progress=False)
 
 
 def changes(kind: dict, **more: object) -> dict:
@@ -41,11 +35,6 @@ def two(toy: Path, out: Path, what: dict, *more: str) -> subprocess.CompletedPro
     """Two processes under torchrun."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(Path(__file__).with_name("train_toy.py")), str(toy), str(out), json.dumps(what), *more]
     return subprocess.run(words, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def losses(out: Path) -> list[float]:
-    """The loss of every step."""
-    return [row["loss"] for row in read_log(out / "log.jsonl") if "loss" in row]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,9 @@ from PIL import Image
 from vlm_repro.core.tasks import TASKS, Task
 from vlm_repro.train.recipe import Recipe, load_recipe
 from vlm_repro.train.render import Example
+from vlm_repro.train.watch import read_log
 
+FULL = {"method": "full", "parts": ["projector", "language_model", "embeddings", "head"]}
 COLOURS = {"red": (200, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 200)}
 
 
@@ -27,7 +29,7 @@ class Settings:
 
 TOY = {"eval_data": [], "tuning": {"method": "lora", "rank": 16, "alpha": 32, "targets": "language_model"}, "learning_rate": 1e-3, "part_rates": {}, "batch": 6, "micro_tokens": 0,
        "micro_batch": 3, "epochs": 3, "max_steps": 0, "schedule": "cosine", "warmup": 0.1, "weight_decay": 0, "precision": "fp32", "checkpointing": False, "max_length": 1024, "packing": True,
-       "max_pixels": 0, "log_every": 1, "save_every": "epoch", "eval_every": "epoch", "keep": 1, "metric": "loss", "best": False, "workers": 0, "report": [], "seed": 0}
+       "max_pixels": 0, "log_every": 1, "save_every": "epoch", "eval_every": "epoch", "keep": 1, "metric": "loss", "best": False, "workers": 0, "keep_features": 0, "report": [], "seed": 0}
 
 
 def picture(path: Path, colour: str, width: int) -> None:
@@ -71,6 +73,11 @@ def toy_recipe(folder: Path, **changes: object) -> Recipe:
     data = {"task": "toy", "settings": {"data_root": str(folder / "pictures"), **changes.pop("data", {})}}
     base = {"model": str(folder / "model"), "data": [data], **TOY}
     return load_recipe("mmwalk/tiny", **{**base, **changes})
+
+
+def losses(out: Path) -> list[float]:
+    """The loss of every step."""
+    return [row["loss"] for row in read_log(out / "log.jsonl") if "loss" in row]
 
 
 def kill_at(step: int, number: int) -> None:

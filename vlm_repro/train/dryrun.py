@@ -21,13 +21,14 @@ from ..models.transformers import read_config
 from .batches import Collator
 from .data import Lost, Pool, pool, set_aside
 from .feed import Feed, render_or_lose
+from .frozen import require_frozen_eyes
 from .loss import supervised_loss
 from .memory import Memory, predict_memory
 from .order import Order
 from .parts import PartCount, count_parts, parts_text
 from .recipe import Recipe
 from .render import MaskView, Rendered, show_mask
-from .setup import base_folder, load_processor, load_trainable, name_accelerator
+from .setup import autocast_dtype, base_folder, load_processor, load_trainable, name_accelerator
 from .watch import duration, memory_gib
 
 # %% ../../nbs/train/dryrun.ipynb #65b991fd
@@ -102,7 +103,7 @@ def one_step(
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model, fed = model.to(device).train(), feed[0, 0]
     if recipe.checkpointing: (model.get_base_model() if hasattr(model, 'get_base_model') else model).activation_checkpointing_enable(activation_checkpointing_kwargs={'use_reentrant': False})
-    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(recipe.precision)
+    dtype = autocast_dtype(recipe)
     begun = time.perf_counter()
     with torch.autocast(device, dtype, enabled=dtype is not None):
         loss = supervised_loss(model, {k: v.to(device) for k, v in fed.tensors.items()}, fed.items)
@@ -126,6 +127,7 @@ def dry_run(
     more = {}
     if not skip_model:
         model = load_trainable(recipe)
+        if recipe.keep_features: require_frozen_eyes(model, recipe)
         more = {'parts': count_parts(model), 'step': one_step(recipe, model, Feed(found, order, preparer, Collator(preparer, model.config, recipe.packing)))}
     return DryRun(recipe, show_mask(preparer, sample), len(found), set_aside(found.dropped), _spread(found), share, len(order), per_step, order[0].turns,
                   predict_memory(config, recipe, longest, world), world, **more)

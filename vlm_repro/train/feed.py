@@ -20,6 +20,7 @@ from ..core.media import MediaError
 from ..models.inputs import Preparer
 from .batches import Collator
 from .data import Lost, Pool
+from .frozen import Album
 from .loss import supervised_tokens
 from .order import Micro, Order
 from .recipe import Recipe
@@ -63,8 +64,9 @@ class Feed(Dataset):
         preparer:Preparer, # of the checkpoint
         collate:Collator, # puts them together
         rank:int=0, # of this process
+        album:Album|None=None, # where frozen eyes look once; None to open every file in every epoch
     ):
-        self.pool, self.order, self.preparer, self.collate, self.rank = pool, order, preparer, collate, rank
+        self.pool, self.order, self.preparer, self.collate, self.rank, self.album = pool, order, preparer, collate, rank, album
         self.stand_in = render_example(preparer, _STAND_IN)
 
     def __len__(self) -> int: return len(self.pool)
@@ -77,11 +79,15 @@ class Feed(Dataset):
         micro:Micro, # numbers of examples; empty for a stand-in
     ) -> Fed:
         "Renders and decodes a micro-batch."
-        found = [render_or_lose(self.preparer, self.pool[i], self.order.recipe) for i in micro]
+        found = [self._example(i) for i in micro]
         good, lost = [x for x in found if isinstance(x, Rendered)], tuple(x for x in found if isinstance(x, Lost))
         tensors = self.collate(good or [self.stand_in])
         items = supervised_tokens(tensors['labels']) if good else 0
         return Fed(tensors, items, sum(x.length for x in good), len(good), lost)
+
+    def _example(self, i:int) -> Rendered|Lost:
+        make = lambda: render_or_lose(self.preparer, self.pool[i], self.order.recipe)
+        return self.album.of(i, make) if self.album else make()
 
 # %% ../../nbs/train/feed.ipynb #23880f07
 def _quiet_worker(number:int) -> None:

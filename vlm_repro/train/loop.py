@@ -28,8 +28,10 @@ from .batches import Collator
 from .checkpoints import checkpoints, last_checkpoint, remove, step_of
 from .data import Pool, pool, set_aside
 from .feed import Feed, loader
+from .frozen import Album
 from .loss import supervised_loss
 from .order import Order
+from .parts import unwrap
 from .recipe import Lora, Recipe, RecipeError, change, identity, load_recipe, recipe_rows, save_recipe
 from .setup import forget_deepspeed, load_processor, load_trainable, name_accelerator, splits_weights, training_arguments
 from .tuner import Run, Tuner
@@ -159,7 +161,8 @@ def _train(recipe:Recipe, out:Path, stop:Stop, resume:bool, shown:bool, rank:int
     start = step_of(last) if last else 0
     if shown: _announce(found, order, start)
     log = Log(out/'log.jsonl', len(order), start, shown, rank == 0)
-    run = Run(recipe, out, Feed(found, order, preparer, collate, rank), log, stop, _looker(recipe, preparer, collate, out, rank, world))
+    feed = Feed(found, order, preparer, collate, rank, Album(model, recipe) if recipe.keep_features else None)
+    run = Run(recipe, out, feed, log, stop, _looker(recipe, preparer, collate, out, rank, world))
     tuner = Tuner(run, model, args, preparer, start)
     _trackers(tuner, recipe, out, start)
     tuner.add_callback(_Trial(tuner))
@@ -229,6 +232,7 @@ def _export(tuner:Tuner) -> str:
     tuner.model.config.use_cache = True
     tuner.save_model(str(folder), _internal_call=True)
     (folder/'training_args.bin').unlink(missing_ok=True)
+    if tuner.args.should_save and (answering := unwrap(tuner.model).generation_config): answering.save_pretrained(folder)
     return str(folder)
 
 def _go_back(tuner:Tuner, folder:Path) -> None:

@@ -18,7 +18,7 @@ from ..core.runs import RunFolder, read_run
 from ..core.tasks import Task, extract_run, finish_run, prepare, score_run, start, table_run
 from ..models.protocol import Model, load_model
 from .loop import TrainReport
-from .recipe import Lora, Recipe, Source, load_recipe
+from .recipe import GIVEN, Lora, Recipe, Source, change, load_recipe
 
 # %% ../../nbs/train/paper.ipynb #f05cb764
 def paper_recipe(
@@ -30,7 +30,11 @@ def paper_recipe(
     "A recipe for a run; raises RecipeError for one that does not exist, with near names."
     recipe = load_recipe(name if Path(name).suffix in ('.yaml', '.yml') else f'{paper}/{name}')
     def on(source:Source) -> Source: return replace(source, settings={**shared, **source.settings}) if source.task == paper else source
-    return replace(recipe, model=model, data=tuple(map(on, recipe.data)), eval_data=tuple(map(on, recipe.eval_data)))
+    wanted = {'model': model, 'data': tuple(map(on, recipe.data)), 'eval_data': tuple(map(on, recipe.eval_data))}
+    changed = {k: v for k, v in wanted.items() if v != getattr(recipe, k)}
+    said = {k: f'{recipe.sources[k]}; what it leaves open: {GIVEN}' for k in changed if k != 'model' and k in recipe.sources}
+    made = change(recipe, **changed)
+    return replace(made, sources={**made.sources, **said})
 
 # %% ../../nbs/train/paper.ipynb #5b227a91
 def tuned_model(

@@ -101,6 +101,7 @@ class Recipe:
     patience: int = 0 # evaluations without improvement before training stops; 0 for never
     best: bool = False # end with the best checkpoint's weights rather than the last
     workers: int = 2 # processes that render and decode
+    keep_features: int = 0 # MiB of image features kept from epoch to epoch, where vision tower and projector are frozen; takes `workers: 0`
     report: tuple[str, ...] = ('tensorboard',) # where curves go: `tensorboard`, `wandb`
     seed: int = 42 # of the order, of dropout and of new weights
     sources: Mapping[str, str] = field(default_factory=dict) # key to where its value comes from
@@ -113,7 +114,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     'schedule': ('cosine', 'linear', 'constant', 'constant_with_warmup'), 'precision': ('bf16', 'fp16', 'fp32'),
     'deepspeed.stage': (0, 1, 2, 3), 'deepspeed.offload': ('none', 'optimizer', 'all')}
 _LEAST = {'batch': 1, 'micro_batch': 1, 'micro_tokens': 0, 'max_steps': 0, 'max_length': 2, 'log_every': 1, 'keep': 0, 'eval_batch': 1, 'patience': 0,
-          'workers': 0, 'min_pixels': 0, 'max_pixels': 0, 'warmup': 0, 'weight_decay': 0, 'max_grad_norm': 0}
+          'workers': 0, 'keep_features': 0, 'min_pixels': 0, 'max_pixels': 0, 'warmup': 0, 'weight_decay': 0, 'max_grad_norm': 0}
 
 def _choose(key:str, value:Any, known:Sequence[Any]) -> None:
     if value not in known: raise RecipeError(f'{key}: {value!r} is not possible; {near(str(value), known)}')

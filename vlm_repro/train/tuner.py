@@ -104,9 +104,13 @@ class Tuner(Trainer):
         self.accelerator.gradient_state._set_sync_gradients(last)
         alone = contextlib.nullcontext() if last or deepspeed else self.accelerator.no_sync(model)
         with alone, self.compute_loss_context_manager():
-            loss = supervised_loss(model, self._prepare_inputs(fed.tensors), items)*(self.args.world_size if fed.items else 0)
+            loss = supervised_loss(model, self._ready(fed), items)*(self.args.world_size if fed.items else 0)
             self.accelerator.backward(loss, **({'scale_wrt_gas': False} if deepspeed else {}))
         return loss.detach()
+
+    def _ready(self, fed:Fed) -> dict[str, Any]:
+        tensors, album = self._prepare_inputs(fed.tensors), self.run.feed.album
+        return album.ready(tensors) if album else tensors
 
     def floating_point_ops(self, inputs:Any) -> int:
         "Not counted: the trainer's estimate knows neither vision towers nor packing."
