@@ -16,7 +16,7 @@ from vlm_repro.train.setup import training_arguments
 
 NAMES = recipes()
 PAPERS = {"mmwalk": {"published", "corrected", "small", "tiny"}, "roadbuddy": {"published", "lora", "full", "small", "tiny"}, "robointer": {"published", "small"},
-          "gpt4scene": {"published", "small"}, "fitcoach": {"segments"}}
+          "gpt4scene": {"published", "small"}, "fitcoach": {"published", "segments", "small"}}
 
 
 def tiny_net(name: str) -> torch.nn.Module:
