@@ -170,8 +170,10 @@ def test_parameters_come_from_the_notebook(papers):
 
 
 def test_run_executes_continues_and_reports(capsys, papers):
-    code, out, err = call(capsys, 'run', 'mmwalk', '-p', 'limit', '3', '-q')
+    code, out, err = call(capsys, 'run', 'mmwalk', '--limit', '3', '--verbose', '-q')
     assert code == 0, err
+    asked = [json.loads(line) for line in next(Path('runs').rglob('samples.jsonl')).read_text(encoding='utf-8').splitlines()]
+    assert all(f"{row['id']}  " in out and row['question'].split()[0] in out for row in asked) and out.count(' | ') == 2*len(asked)
     made = Path(next(line for line in out.splitlines() if line.startswith('run ')).split()[1])
     assert made.parts[:2] == ('runs', 'mmwalk') and (made / 'notebook.ipynb').exists() and (made / 'report.html').exists()
     assert 'category: judge of example' in out
@@ -260,6 +262,20 @@ def test_predictions_that_cannot_be_scored_say_why(capsys, tmp_path, world):
     assert 'reaches no model' in wrong(capsys, 'score', tmp_path/'answers', '--root', world, '-p', 'model', 'm', '-p', 'shots', '0', '-p', 'views', 'normal', '--server', 'timeout=3')
     (tmp_path/'answers'/'E2.jsonl').write_bytes(b''.join((tmp_path/'answers'/'E2.jsonl').read_bytes().splitlines(True)[1:]))
     assert '1 gold questions without prediction' in wrong(capsys, 'score', tmp_path/'answers', '--root', world, '-p', 'model', 'm', '-p', 'shots', '0', '-p', 'views', 'normal')
+
+
+@pytest.mark.slow
+def test_how_a_server_is_asked_reaches_the_model_and_the_judge_of_a_page(capsys, tmp_path, monkeypatch, bodies):
+    from fault_proxy import chat_server, fault_proxy
+    monkeypatch.chdir(tmp_path)
+    with chat_server(lambda body: '4', bodies) as chat, fault_proxy(chat, lambda n, body: '500' if n < 2 else None) as (url, proxy):
+        given = ['-p', 'limit', '1', '-p', 'categories', 'E1,H1', '-p', 'model', f'openai:m@{url}', '-p', 'judge', f'openai:j@{url}']
+        code, out, err = call(capsys, 'run', 'mmwalk', *given, '-p', 'server', 'concurrency=1,retries=2,token_field=max_completion_tokens', '-q', '--out', 'made')
+    assert code == 0, err
+    assert proxy.most_open == 1 and {b['model'] for b in bodies} == {'m', 'j'} and all('max_completion_tokens' in b for b in bodies)
+    manifest = json.loads(Path('made/manifest.json').read_text())
+    assert manifest['model']['answered_by'] == ['m-2026-01-01'] and manifest['judge']['model']['answered_by'] == ['j-2026-01-01']
+    assert manifest['runtime']['server'].startswith('concurrency=1') and 'server' not in manifest['settings'] and not manifest['errors']
 
 
 def test_how_a_server_is_asked_is_checked_before_anything_is_written(capsys, tmp_path, monkeypatch):

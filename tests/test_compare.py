@@ -1,6 +1,7 @@
 """Two runs are walked stage by stage, and the first stage at which they part is named."""
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -125,6 +126,17 @@ def test_settings_and_software_that_differ(runs):
     assert found.settings == {'temperature': (None, 1)}
     assert [k for k in found.environment if not k.startswith('git.')] == ['software.packages.transformers']
     assert found.environment['software.packages.transformers'][1] == '4.0'
+
+
+@pytest.mark.parametrize('lost', ['first', 'second', 'both'])
+def test_a_run_without_a_manifest_is_named_and_differs_in_nothing_it_does_not_know(tmp_path, lost):
+    a, b = (example_run(tmp_path/'runs'/name) for name in ('first', 'second'))
+    for folder in (a, b):
+        if lost in ('both', folder.name): (folder/'manifest.json').unlink()
+    found = compare(a, b)
+    assert found.environment == {} and [Path(name).name for name in found.incomplete] == (['first', 'second'] if lost == 'both' else [lost])
+    for text in (str(found), markdown(found)): assert 'null' not in text and 'Not complete' in text and 'are not compared' in text
+    json.dumps(found.to_dict())
 
 
 def test_differences_of_nested_mappings():

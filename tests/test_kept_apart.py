@@ -1,16 +1,20 @@
 """What must not be mixed, lost or written: answers of other weights, replies that were paid for, settings that cannot work, secrets."""
+import hashlib
 import json
 import shutil
+import zipfile
+from datetime import datetime
 
 import pytest
 import torch
-from fault_proxy import completion, listen
+from fault_proxy import chat_server, fault_proxy
 from safetensors.torch import load_file, save_file
 
 from vlm_repro.cli import main
 from vlm_repro.core.generate import generate
 from vlm_repro.core.runs import RunError
 from vlm_repro.core.tasks import extract_run, finish_run, get_task, make_settings, prepare, rescore, score_run, start, table_run
+from vlm_repro.metrics.judge import JudgeError
 from vlm_repro.mmwalk.predictions import folder_name
 from vlm_repro.mmwalk.world import Size, build_world
 from vlm_repro.models.protocol import load_model, tiny_checkpoint
@@ -69,16 +73,7 @@ def test_a_world_whose_marker_is_gone_is_other_data(world, tmp_path):
 @pytest.fixture
 def judge():
     calls = []
-    def handle(handler):
-        body = json.loads(handler.rfile.read(int(handler.headers['Content-Length'])))
-        calls.append(body)
-        out = completion(body, '4')
-        handler.send_response(200)
-        handler.send_header('Content-Type', 'application/json')
-        handler.send_header('Content-Length', str(len(out)))
-        handler.end_headers()
-        handler.wfile.write(out)
-    with listen(handle) as url: yield f'openai:judge@{url}', calls
+    with chat_server(lambda body: '4', calls) as url: yield f'openai:judge@{url}', calls
 
 
 def test_scoring_anew_pays_for_no_reply_twice(world, tmp_path, judge):
@@ -168,3 +163,55 @@ def test_a_server_that_is_down_stops_the_run(world, tmp_path):
         generate(load_model(settings.model, max_retries=0, timeout=2.), requests, run, 2, 12, progress=False)
     assert len(run.rows('predictions')) == 6 < len(requests)
     run.close()
+
+
+def test_the_manifest_says_when_and_on_what_and_where_shots_came_from(world, tmp_path):
+    run, _ = go(world, tmp_path/'run', shots=1)
+    first = run.manifest
+    archive = next((world/'finetune_related').glob('*.zip'))
+    assert first['data']['train_files'] == {archive.relative_to(world).as_posix(): hashlib.sha256(archive.read_bytes()).hexdigest()}
+    assert first['machine']['cpus'] >= 1 and isinstance(first['machine']['gpus'], list)
+    assert datetime.fromisoformat(first['started']) <= datetime.fromisoformat(first['finished']) and first['started'].endswith('+00:00')
+    run, _ = go(world, tmp_path/'run', shots=1)
+    assert run.manifest['started'] == first['started'] and run.manifest['answers_digest'] == first['answers_digest']
+    run, _ = go(world, tmp_path/'plain')
+    assert 'train_files' not in run.manifest['data']
+
+
+def test_a_changed_train_file_is_another_data_set(world, tmp_path):
+    root = shutil.copytree(world, tmp_path/'data')
+    go(root, tmp_path/'run', shots=1)
+    archive = next((root/'finetune_related').glob('*.zip'))
+    with zipfile.ZipFile(archive, 'a') as z: z.writestr('note.txt', 'a file more')
+    with pytest.raises(RunError, match='3 answers were made with another data set'): go(root, tmp_path/'run', shots=1)
+
+
+def test_how_a_server_is_asked_reaches_the_judge_and_is_no_setting(world, tmp_path, bodies):
+    go(world, tmp_path/'run')
+    with chat_server(lambda body: '3', bodies) as url:
+        rescore(tmp_path/'run', tmp_path/'judged', server='concurrency=2,timeout=7,retries=1,token_field=max_completion_tokens', judge=f'openai:judge@{url}').close()
+    assert bodies and all('max_completion_tokens' in b and 'max_tokens' not in b for b in bodies)
+    manifest = json.loads((tmp_path/'judged'/'manifest.json').read_text())
+    about = manifest['judge']['model']
+    assert (about['concurrency'], about['timeout'], about['max_retries']) == (2, 7., 1) and 'server' not in manifest['settings']
+    for server, why in (('concurrency=none', 'give a whole number'), ('concurrency', 'give a whole number'), ('key=secret', 'it takes concurrency'), ('token_field=tokens', 'valid: max_tokens')):
+        with pytest.raises(ValueError, match=why): rescore(tmp_path/'run', tmp_path/'other', server=server, judge='openai:judge@http://127.0.0.1:9/v1')
+    assert not (tmp_path/'other').exists()
+
+
+def test_a_run_judged_by_nobody_is_not_complete(world, tmp_path):
+    go(world, tmp_path/'run')
+    with fault_proxy('http://127.0.0.1:9/v1', lambda n, body: '401') as (url, proxy):
+        with pytest.raises(JudgeError, match='answered nobody: auth'): rescore(tmp_path/'run', tmp_path/'judged', judge=f'openai:judge@{url}')
+        assert not (tmp_path/'judged'/'manifest.json').exists() and (tmp_path/'judged'/'predictions.jsonl').exists()
+        assert main(['score', str(tmp_path/'run'), '--judge', f'openai:judge@{url}', '--out', str(tmp_path/'judged')]) == 1
+
+
+@pytest.mark.parametrize('given', [{'model': 'openai:m', 'dtype': 'float32'}, {'model': 'openai:m', 'max_pixels': 100352}, {'model': 'openai:m', 'adapter': 'mine'}])
+def test_what_a_server_would_ignore_is_refused(given):
+    with pytest.raises(ValueError, match='cannot reach a model behind a server'): make_settings(TASK, given)
+
+
+def test_road_buddy_refuses_tiles_for_a_server():
+    with pytest.raises(ValueError, match='max_tiles=12 cannot reach'): make_settings(get_task('roadbuddy'), {'model': 'openai:m', 'max_tiles': 12})
+    assert make_settings(get_task('roadbuddy'), {'model': 'openai:m', 'max_tiles': 6}).max_tiles == 6

@@ -7,11 +7,12 @@ import time
 
 import pytest
 
+from vlm_repro.core.records import Score
 from vlm_repro.core.runs import RunError, open_run
 from vlm_repro.report.example import example_run
 from vlm_repro.report.figures import bars, heatmap, save_figures
 from vlm_repro.report.rundata import choose_cells, groups, load_run
-from vlm_repro.report.tables import find_sample, report_html, sample_text, save_report, score_table
+from vlm_repro.report.tables import find_sample, report_html, sample_text, save_report, score_table, worst
 from vlm_repro.report.viewer import INLINE_ROWS, browse, judge_replies
 
 
@@ -195,6 +196,14 @@ def test_table_shows_both_variants_and_failures(folder):
     assert text.startswith('WATERMARK') and 'corrected' in text and 'as published' in text
     line = next(line for line in text.splitlines() if line.strip().startswith('exist'))
     assert line.split()[-5:-3] == ['3', '1']
+
+
+def test_the_worst_answers_come_from_every_group():
+    scores = [Score(f'{c}-{i}', 'm', v, value) for c in ('E3', 'E4', 'H2') for i in range(4) for v, value in (('corrected', (1.,)), ('as_published', (0.,)))]
+    scores += [Score('E1-0', 'm', 'corrected', (.5,)), Score('M1-0', 'm', 'corrected', None, 'timeout: 60 s')]
+    groups = {s.id: s.id.split('-')[0] for s in scores}
+    assert [s.id for s in worst(scores, groups, 5)] == ['E1-0', 'E3-0', 'E4-0', 'H2-0', 'E3-1']
+    assert [s.variant for s in worst(scores, groups, 2, 'as_published')] == ['as_published'] * 2
 
 
 def test_show_finds_by_prefix_and_prints_every_stage(folder):
