@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/core/runs.html.md"""
 
 # %% auto #0
 __all__ = ['Row', 'RANKS', 'STAGES', 'FORMAT', 'RunError', 'read_lines', 'RunFolder', 'default_out', 'difference', 'utc_now',
-           'open_run', 'read_run', 'open_shard', 'pin']
+           'outlast_shards', 'open_run', 'read_run', 'open_shard', 'pin']
 
 # %% ../../nbs/core/runs.ipynb #4194e61b
 import difflib
@@ -241,7 +241,7 @@ def _take(root:Path, wait_s:float) -> FileLock:
     (root/'.writer').write_text(f'process {os.getpid()} on {socket.gethostname()} since {utc_now()}')
     return lock
 
-def _outlast(root:Path, wait_s:float) -> None:
+def outlast_shards(root:Path, wait_s:float) -> None:
     "Waits until no process of an earlier launch writes a shard; they end when they see another writer."
     end = time.monotonic() + wait_s
     for path in sorted((root/RANKS).glob('*.lock')):
@@ -260,7 +260,7 @@ def open_run(
     run = RunFolder(root, _take(root, wait_s))
     try:
         _claim(root, settings, runtime or {})
-        _outlast(root, wait_s)
+        outlast_shards(root, wait_s)
     except RunError:
         run.close()
         raise
