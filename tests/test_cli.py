@@ -173,7 +173,7 @@ def test_run_executes_continues_and_reports(capsys, papers):
     code, out, err = call(capsys, 'run', 'mmwalk', '--limit', '3', '--verbose', '-q')
     assert code == 0, err
     asked = [json.loads(line) for line in next(Path('runs').rglob('samples.jsonl')).read_text(encoding='utf-8').splitlines()]
-    assert all(f"{row['id']}  " in out and row['question'].split()[0] in out for row in asked) and out.count(' | ') == 2*len(asked)
+    assert all(f"{row['id']} | {row['question'].split()[0]}" in out for row in asked) and out.count(' | ') == 3*len(asked)
     made = Path(next(line for line in out.splitlines() if line.startswith('run ')).split()[1])
     assert made.parts[:2] == ('runs', 'mmwalk') and (made / 'notebook.ipynb').exists() and (made / 'report.html').exists()
     assert 'category: judge of example' in out

@@ -89,6 +89,8 @@ def run(
     paper:Annotated[str, typer.Argument(help='Which paper; `vlm-repro papers` lists them.')],
     parameter:Annotated[list[str], typer.Option('-p', '--parameter', metavar='NAME VALUE', help="A parameter of the paper's notebook; may be repeated.")]=[],
     out:Annotated[str, typer.Option(help='The folder of the run; by default runs/PAPER/HASH, the hash being that of its settings.')]='',
+    limit:Annotated[int|None, typer.Option(min=0, metavar='N', help='Ask so many questions only, as `-p limit N`; 0 for all.')]=None,
+    verbose:Annotated[bool, typer.Option('--verbose', help='At the end, print every question with its answer and the right one.')]=False,
     quiet:Annotated[bool, typer.Option('--quiet', '-q', help='Show no progress.')]=False,
 ) -> None:
     """Run a paper's notebook from data to verdicts; the same command continues a run that was stopped.
@@ -97,8 +99,10 @@ def run(
 
     vlm-repro run mmwalk -p model Qwen/Qwen2-VL-7B-Instruct -p data_root DIR -p shots 3 --out runs/qwen
     """
-    from vlm_repro.cli_run import closing, parse_pairs, run_paper
-    folder = run_paper(paper, parse_pairs(parameter), out or None, progress=not quiet)
+    from vlm_repro.cli_run import closing, parse_pairs, run_paper, shown_answers
+    asked = {} if limit is None else {'limit': limit}
+    folder = run_paper(paper, {**parse_pairs(parameter), **asked}, out or None, progress=not quiet)
+    if verbose: typer.echo(shown_answers(folder))
     typer.echo(closing(folder))
 
 @app.command(short_help="List the papers, or the parameters of one.")

@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/cli_run.html.md"""
 
 # %% auto #0
 __all__ = ['PAIRED', 'join_pairs', 'parse_value', 'parse_pairs', 'Parameter', 'paper_parameters', 'check_names', 'run_folder',
-           'CellFailed', 'execute_notebook', 'run_paper', 'closing']
+           'CellFailed', 'execute_notebook', 'run_paper', 'closing', 'shown_answers']
 
 # %% ../nbs/cli_run.ipynb #b9f639b6
 import difflib
@@ -151,3 +151,15 @@ def closing(
     table = score_table(run).text if run.table else 'no table: the run is not scored'
     notebook = Path(folder)/'notebook.ipynb'
     return '\n'.join([table, '', f'run       {folder}', *([f'notebook  {notebook}'] if notebook.exists() else []), f'report    {report}'])
+
+def shown_answers(
+    folder:str|Path, # of a run
+) -> str: # one line a question
+    "Every question with its answer, or what went wrong, and the right one."
+    from vlm_repro.core.runs import read_run
+    run = read_run(folder)
+    said = {row['id']: row['error'] or row['text'] for row in run.rows('predictions')}
+    line = lambda row: f"{row['id']} | {row['question']} | {said.get(row['id'], 'not asked')} | {row['gold']}"
+    return '\n'.join(' '.join(line(row).split()) for row in run.rows('samples'))
+
+
