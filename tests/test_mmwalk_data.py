@@ -309,7 +309,8 @@ def test_a_damaged_archive_and_two_versions_of_train(root):
 
 
 @pytest.mark.parametrize('change, label', [
-    (lambda r: {**r, 'image': []}, 'no_images'), (lambda r: {**r, 'image': r['image'][:3]}, 'image_tags'), (lambda r: {k: v for k, v in r.items() if k != 'id'}, 'bad_record'),
+    (lambda r: {**r, 'image': []}, 'no_images'), (lambda r: {**r, 'image': r['image'][:3]}, 'wrong_views'), (lambda r: {**r, 'image': r['image'][::-1]}, 'wrong_views'),
+    (lambda r: json.loads(json.dumps(r).replace('<image>', '', 1)), 'image_tags'), (lambda r: {k: v for k, v in r.items() if k != 'id'}, 'bad_record'),
     (lambda r: {**r, 'conversations': r['conversations'][::-1]}, 'bad_record'), (lambda r: {**r, 'image': 'one.png'}, 'bad_record'),
     (lambda r: {**r, 'image': ['../../x/walker/rgb/000001.png'] * 4}, 'path_leaves_root'),
 ])

@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 
 from .assets import asset
+from .manifest import gpus
 from .text import columns
 
 # %% ../../nbs/core/doctor.ipynb #1c9c34a3
@@ -148,9 +149,9 @@ def check_tool(
 
 def check_gpu() -> list[Check]: # one a GPU
     "GPUs as the driver lists them; torch is not imported."
-    said = _output(['nvidia-smi', '--query-gpu=name,memory.total,driver_version', '--format=csv,noheader'])
-    if not said: return [Check('GPU', 'absent', '', 'models run on the CPU; fine for the embedded default')]
-    return [Check(f'GPU {i}', 'ok', line.strip(), '') for i, line in enumerate(said.splitlines())]
+    found = gpus()
+    if not found: return [Check('GPU', 'absent', '', 'models run on the CPU; fine for the embedded default')]
+    return [Check(f'GPU {i}', 'ok', ', '.join(gpu.values()), '') for i, gpu in enumerate(found)]
 
 def check_disk(
     folder:str|Path='.', # where runs are written

@@ -104,4 +104,6 @@ def check_runtime(
     check_counts(runtime)
     served = [name for name in MODELS if str(params.get(name, '')).startswith('openai:')]
     if server_options(runtime.get('server', '')) and not served: raise ValueError(f'server={runtime["server"]!r} reaches no model: neither model nor judge is openai:…')
+    if 'model' in served and (at_once := server_options(runtime.get('server', '')).get('concurrency', 1)) > (batch := runtime.get('batch_size', at_once)):
+        raise ValueError(f'server=concurrency={at_once} cannot be reached with batch_size={batch}: a batch is answered before the next one is asked, so give batch_size={at_once} or more')
     if 'model' in served and (device := runtime.get('device', 'auto')) != 'auto': raise ValueError(f'device={device!r} cannot reach a model behind a server; leave it out')

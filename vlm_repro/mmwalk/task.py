@@ -156,7 +156,9 @@ def score_answers(
     run:RunFolder, # locked; keeps every reply of the judge
 ) -> list[Score]: # both variants
     "Scores the answers with the run's judge."
-    return measure(samples, answers, load_judge(settings.judge, settings.judge_prompt or None, **server_of(settings.judge, run.runtime)), run)
+    options = server_of(settings.judge, run.runtime)
+    judge = load_judge(settings.judge, settings.judge_prompt or None, **options)
+    return measure(samples, answers, judge, run, max(32, 4*options.get('concurrency', 0)))
 
 def reduce_scores(
     samples:Sequence[Sample], # of the run
