@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,13 @@ def answers_digest(
 
 # %% ../../nbs/core/manifest.ipynb #e9a5a984
 def speed(
-    timings:list[dict[str, Any]], # timing rows, one a batch
-) -> dict[str, float]: # totals and rates over the batches that were really computed
-    "What generation took, model loading excluded; reused answers cost nothing and count nothing."
+    timings:Sequence[Mapping[str, Any]], # timing rows, one a batch
+    launches:Sequence[Mapping[str, Any]]=(), # rows of the calls that generated, with their time by the clock on the wall
+) -> dict[str, float]: # totals over the batches that were really computed, and rates
+    "What generation took; reused answers cost nothing and count nothing."
     total = {k: sum(t[k] for t in timings) for k in ('n', 'seconds', 'n_prompt', 'n_visual', 'n_new')}
-    per = {f'{k}_per_s': round(total[k]/total['seconds'], 2) if total['seconds'] else 0. for k in ('n', 'n_new')}
-    return {**total, 'samples_per_s': per['n_per_s'], 'new_tokens_per_s': per['n_new_per_s']}
+    done, new, wall = (sum(x['made'] for x in launches), sum(a['new_tokens'] for x in launches for a in x['ranks']), sum(x['seconds'] for x in launches)) if launches else (total['n'], total['n_new'], total['seconds'])
+    return {**total, 'wall_seconds': round(wall, 3), **{k: round(n/wall, 2) if wall else 0. for k, n in (('samples_per_s', done), ('new_tokens_per_s', new))}}
 
 # %% ../../nbs/core/manifest.ipynb #fd88190a
 def _judge(run:RunFolder) -> dict[str, Any]:
@@ -101,5 +102,5 @@ def build_manifest(
         'data': dict(data), 'model': dict(model), **_judge(run), 'watermark': watermark,
         'n': len(samples), 'errors': dict(Counter(r['error'].split(':')[0] for r in predictions if r['error'])),
         'provenance': dict(Counter(s['request']['provenance'] for s in samples if 'request' in s)),
-        'answers_digest': answers_digest(predictions), 'generation': speed(run.rows('timings')),
+        'answers_digest': answers_digest(predictions), 'generation': speed(run.rows('timings'), run.rows('launches')), 'launches': run.rows('launches'),
         'files': {f.name: file_hash(f) for f in sorted(run.root.glob('*.jsonl')) + sorted(run.root.glob('*.csv'))}, **more}

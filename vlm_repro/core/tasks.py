@@ -127,9 +127,17 @@ def start(
 ) -> RunFolder: # locked for this process
     "Opens the run folder; raises RunError if it holds another run or another process writes there, ValueError for settings that would fail after generation."
     check_runtime(runtime, asdict(settings))
+    _check_processes(runtime, getattr(settings, 'model', ''))
     check_settings(task, settings)
     named = {'paper': task.name, **asdict(settings)}
     return open_run(out or default_out(task.name, named), named, runtime)
+
+def _check_processes(runtime:Mapping[str, Any], model:str) -> None:
+    "A number of processes or machines that cannot be is known at once; torch is asked only where more than one is wanted."
+    asked = {k: runtime[k] for k in ('nproc', 'nnodes', 'meet') if k in runtime}
+    if asked.get('nproc', 1) in (1, 'auto') and asked.get('nnodes', 1) == 1: return
+    from vlm_repro.core.processes import processes
+    processes(**asked, device='cpu' if model.startswith('openai:') else runtime.get('device', 'auto'))
 
 def prepare(
     task:Task, # the paper
