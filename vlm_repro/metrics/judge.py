@@ -13,12 +13,14 @@ __all__ = ['REFUSED', 'UNREACHED', 'JudgeItem', 'Reply', 'Judge', 'JudgePrompt',
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..core.records import Messages, Request, Score, digest
+from ..core.records import Generation, Messages, Request, Score, digest
 from ..core.runs import RunFolder
 from .text import Grade
 
@@ -114,10 +116,23 @@ class ModelJudge:
     def ask(self, items:Sequence[JudgeItem]) -> list[Reply]:
         "One call an item; the backend decides how many at a time."
         if self._model is None: self._model = _load(self.name, self.options)
-        made = self._model.generate([Request(i.id, self.prompt.messages(i), self.provenance) for i in items], self.max_new_tokens)
-        return [Reply(None if g.error else g.text, g.error, '', g.n_prompt, g.n_new) for g in made]
+        return [_reply(g) for g in self._model.generate(self._requests(items), self.max_new_tokens)]
+
+    def stream(self, items:Sequence[JudgeItem]) -> Iterator[tuple[JudgeItem, Reply]] | None:
+        "The same, each reply as soon as it is there; None for a backend that answers in batches."
+        if self._model is None: self._model = _load(self.name, self.options)
+        if not hasattr(self._model, 'stream'): return None
+        return _paired(items, self._model.stream(self._requests(items), self.max_new_tokens))
+
+    def _requests(self, items:Sequence[JudgeItem]) -> list[Request]: return [Request(i.id, self.prompt.messages(i), self.provenance) for i in items]
 
 # %% ../../nbs/metrics/judge.ipynb #aaa799d2
+def _reply(g:Generation) -> Reply:
+    return Reply(None if g.error else g.text, g.error, '', g.n_prompt, g.n_new)
+
+def _paired(items:Sequence[JudgeItem], answers:Iterator[tuple[int, Generation]]) -> Iterator[tuple[JudgeItem, Reply]]:
+    with closing(answers): yield from ((items[i], _reply(g)) for i, g in answers)
+
 def _load(name:str, options:Mapping[str, Any]) -> Any:
     from vlm_repro.models.protocol import load_model
     return load_model(name, **options)
@@ -265,20 +280,25 @@ def _all(replies:Sequence[Reply], labels:Sequence[str]) -> bool:
 def _hopeless(name:str, error:str) -> JudgeError:
     return JudgeError(f'the judge {name} answered nobody: {error} (mend that and run again to continue; answers and stored replies are kept)')
 
+def _arrivals(judge:Judge, todo:Sequence[JudgeItem], size:int) -> Iterator[tuple[Sequence[JudgeItem], Sequence[Reply]]]:
+    "Items and their replies, so many at a time: as they come, from a judge that can, so that no call waits for the slowest of a batch."
+    came = judge.stream(todo) if todo and hasattr(judge, 'stream') else None
+    if came is None:
+        for batch in (todo[i:i + size] for i in range(0, len(todo), size)): yield batch, judge.ask(batch)
+        return
+    with closing(came): yield from (tuple(zip(*pairs)) for pairs in iter(lambda: list(islice(came, size)), []))
+
 def collect(
     judge:Judge, # who is asked
     items:Sequence[JudgeItem], # all answers to be judged
     run:RunFolder, # locked by this process; holds and receives the replies
-    batch_size:int=32, # calls handed to the backend at once
+    batch_size:int=32, # replies written at once; to a judge that answers in batches, calls handed over at once
     max_replies:int=2, # replies to ask for before an unreadable one is given up
 ) -> dict[str, list[Reply]]: # the attempts of each key
     "Makes the calls that are not stored yet; raises JudgeError when the judge refuses, or cannot be reached."
     stored, lost = stored_replies(run), 0
     for _ in range(max_replies):
-        todo = unasked(judge, items, stored, max_replies)
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start:start + batch_size]
-            replies = judge.ask(batch)
+        for batch, replies in _arrivals(judge, unasked(judge, items, stored, max_replies), batch_size):
             run.append('judge', _rows(judge, batch, replies, stored))
             keep_judge(judge, run)
             for item, reply in zip(batch, replies, strict=True): stored.setdefault(judge.key(item), []).append(reply)

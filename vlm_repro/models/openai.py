@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/models/openai.html.md"""
 
 # %% auto #0
 __all__ = ['T', 'NO_KEY', 'OPENAI_URL', 'data_url', 'Wire', 'wire', 'BadReply', 'Fault', 'retry_after', 'fault_of', 'reply_text',
-           'read_reply', 'Patience', 'run_async', 'OpenAIModel', 'load_openai']
+           'read_reply', 'Patience', 'run_async', 'stream_async', 'OpenAIModel', 'load_openai']
 
 # %% ../../nbs/models/openai.ipynb #e1bd2020
 import asyncio
@@ -18,9 +18,12 @@ import random
 import re
 import threading
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from queue import SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -158,6 +161,7 @@ class Patience:
     max_retries: int = 5 # after the first attempt
     base_delay: float = 1. # seconds before the first retry
     max_delay: float = 60. # seconds; a server that asks for more is not waited for
+    bad_replies: int = 2 # retries after replies that hold no answer, at once: waiting mends no reply, and decoding is greedy
 
     def delay(
         self,
@@ -167,6 +171,7 @@ class Patience:
     ) -> float | None: # seconds; None = give up
         "How long to wait before the next attempt."
         if not fault.again or attempt > self.max_retries: return None
+        if fault.label == 'bad_reply': return 0. if attempt <= self.bad_replies else None
         if fault.after is not None: return fault.after if fault.after <= self.max_delay else None
         return min(self.max_delay, self.base_delay*2**(attempt - 1))*(0.5 + chance/2)
 
@@ -185,6 +190,7 @@ class _Traffic:
 
 # %% ../../nbs/models/openai.ipynb #383f8292
 T = TypeVar('T')
+_END = object()
 
 async def _drain(loop:asyncio.AbstractEventLoop) -> None:
     rest = asyncio.all_tasks() - {asyncio.current_task()}
@@ -192,20 +198,34 @@ async def _drain(loop:asyncio.AbstractEventLoop) -> None:
     await asyncio.gather(*rest, return_exceptions=True)
     await loop.shutdown_default_executor()
 
-def run_async(
-    main:Coroutine[Any, Any, T], # what to run
-) -> T: # its result
-    "Run a coroutine to its end, whether or not a loop is already running here."
+@contextmanager
+def _running(main:Coroutine[Any, Any, T]) -> Iterator[Future[T]]:
+    "A coroutine on its way in a thread of its own; what of it is left in the end is cancelled."
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    future = asyncio.run_coroutine_threadsafe(main, loop)
-    try: return future.result()
+    try: yield asyncio.run_coroutine_threadsafe(main, loop)
     finally:
         asyncio.run_coroutine_threadsafe(_drain(loop), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+def run_async(
+    main:Coroutine[Any, Any, T], # what to run
+) -> T: # its result
+    "Run a coroutine to its end, whether or not a loop is already running here."
+    with _running(main) as future: return future.result()
+
+def stream_async(
+    main:Callable[[Callable[[T], None]], Coroutine[Any, Any, None]], # takes what is to be called with each result
+) -> Iterator[T]: # results as they come
+    "Run a coroutine that hands out results, whether or not a loop is already running here; closing the iterator cancels it."
+    found:SimpleQueue[Any] = SimpleQueue()
+    with _running(main(found.put)) as future:
+        future.add_done_callback(lambda _: found.put(_END))
+        while (got := found.get()) is not _END: yield got
+        future.result()
 
 # %% ../../nbs/models/openai.ipynb #4a844ff6
 NO_KEY = 'none'
@@ -258,15 +278,28 @@ class OpenAIModel:
         max_new_tokens:int, # limit of each answer, tokens
     ) -> list[Generation]: # one a request, in the same order
         "Answers to a batch, up to `concurrency` at a time; a request that fails becomes a labelled Generation."
-        return run_async(self._all(requests, max_new_tokens))
+        made = dict(self.stream(requests, max_new_tokens))
+        return [made[i] for i in range(len(requests))]
+
+    def stream(
+        self,
+        requests:Sequence[Request], # any number
+        max_new_tokens:int, # limit of each answer, tokens
+    ) -> Iterator[tuple[int, Generation]]: # place of a request and its answer, as they come
+        "Answers one by one, `concurrency` requests in flight from the first to the last; a request that fails becomes a labelled Generation."
+        return stream_async(lambda tell: self._all(requests, max_new_tokens, tell))
 
 # %% ../../nbs/models/openai.ipynb #afb2c5fe
-async def _all(self:OpenAIModel, requests:Sequence[Request], max_new_tokens:int) -> list[Generation]:
+_AHEAD = 4 # requests prepared, asked or waiting for another try, for each that may be in flight
+
+async def _all(self:OpenAIModel, requests:Sequence[Request], max_new_tokens:int, tell:Callable[[tuple[int, Generation]], None]) -> None:
     "All requests through one client, whose own retries are off so that ours can be counted."
-    traffic = _Traffic(self.concurrency)
+    traffic, todo = _Traffic(self.concurrency), iter(enumerate(requests))
     key = os.environ.get('OPENAI_API_KEY') or NO_KEY
     async with openai.AsyncOpenAI(api_key=key, base_url=self.url, max_retries=0, timeout=self.timeout) as client:
-        return list(await asyncio.gather(*(self._one(client, r, max_new_tokens, traffic) for r in requests)))
+        async def work() -> None:
+            for i, request in todo: tell((i, await self._one(client, request, max_new_tokens, traffic)))
+        await asyncio.gather(*(work() for _ in range(min(len(requests), _AHEAD*self.concurrency))))
 
 async def _send(self:OpenAIModel, client:openai.AsyncOpenAI, sent:Wire, max_new_tokens:int) -> ChatCompletion:
     "One attempt."
@@ -286,12 +319,12 @@ async def _try(self:OpenAIModel, client:openai.AsyncOpenAI, request:Request, sen
     return answer
 
 async def _one(self:OpenAIModel, client:openai.AsyncOpenAI, request:Request, limit:int, traffic:_Traffic) -> Generation:
-    "One request, tried until it is answered or hopeless."
-    async with traffic.slots:
-        try: sent = await asyncio.to_thread(wire, request.messages, self.detail)
-        except MediaError as error: return failed(request.id, 'media', str(error))
-        attempt = 0
-        while True:
+    "One request, tried until it is answered or hopeless; it takes a place in flight only while the server has it."
+    try: sent = await asyncio.to_thread(wire, request.messages, self.detail) if _images(request.messages) else wire(request.messages)
+    except MediaError as error: return failed(request.id, 'media', str(error))
+    attempt = 0
+    while True:
+        async with traffic.slots:
             await traffic.wait()
             if traffic.refused: return failed(request.id, traffic.refused.label, f'not sent: {traffic.refused.detail}', attempt=attempt)
             attempt += 1
@@ -299,9 +332,9 @@ async def _one(self:OpenAIModel, client:openai.AsyncOpenAI, request:Request, lim
             if isinstance(got, Generation): return got
             pause = self.patience.delay(attempt, got, random.random())
             traffic.learn(got, pause)
-            if pause is None:
-                return failed(request.id, got.label, got.detail, attempt=attempt, prompt_hash=sent.prompt_hash, pixel_hash=sent.pixel_hash)
-            await asyncio.sleep(pause)
+        if pause is None:
+            return failed(request.id, got.label, got.detail, attempt=attempt, prompt_hash=sent.prompt_hash, pixel_hash=sent.pixel_hash)
+        await asyncio.sleep(pause)
 
 OpenAIModel._try, OpenAIModel._one = _try, _one
 
