@@ -20,7 +20,7 @@ from .core.assets import paper_notebook
 from .core.runs import default_out
 
 # %% ../nbs/cli_run.ipynb #deaa7a72
-PAIRED = ('-p', '--parameter', '-o', '--option')
+PAIRED = ('-p', '--parameter', '-o', '--option', '-g', '--grid')
 
 def join_pairs(
     args:Iterable[str], # as typed
@@ -129,10 +129,12 @@ def run_paper(
     progress:bool=True, # show which cell is running
 ) -> Path: # the run's folder
     "Executes a paper's notebook; raises ValueError for a wrong parameter, CellFailed if a cell fails."
+    from vlm_repro.core.params import check_present
     known = paper_parameters(paper)
     check_names(paper, known, given)
     values = {**{k: p.default for k, p in known.items()}, **given}
     own = run_folder(paper, values)  # checks the values too, before papermill writes them into a notebook
+    check_present(values)
     folder = Path(out or given.get('out') or own)
     folder.mkdir(parents=True, exist_ok=True)
     execute_notebook(paper_notebook(paper), folder/'notebook.ipynb', {**given, 'out': str(folder)}, progress)

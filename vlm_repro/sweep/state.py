@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/sweep/state.html.md"""
 
 # %% auto #0
 __all__ = ['STATE', 'SUBMITTED', 'LOG', 'STATES', 'read_state', 'write_state', 'write_submitted', 'run_lock', 'Status', 'status',
-           'Summary', 'summary']
+           'Summary', 'summary', 'missing']
 
 # %% ../../nbs/sweep/state.ipynb #b2d9ff96
 import json
@@ -95,7 +95,7 @@ def _state(run:Run, said:Mapping[str, Any], queued:Mapping[str, str]) -> tuple[s
     if state == 'done' and (complete or not said.get('manifest')) or not state and complete: return 'done', ''
     if state == 'done': return 'missing', 'its manifest is gone: it is scored anew'
     if state in ('failed', 'stopped'): return state, said.get('reason', '')
-    if state == 'running': return 'lost', f'killed without a word, perhaps for want of memory; the end of its log: {said.get("log", run.folder/LOG)}'
+    if state == 'running': return 'lost', f'killed without a word, perhaps for want of memory; the end of its log: {said.get("job_log") or run.folder/LOG}'
     return ('lost', f'job {job} ended before the run started; its log: {said["job_log"]}') if job else ('missing', said.get('reason', ''))
 
 def status(
@@ -123,11 +123,6 @@ class Summary(list[Status]):
         "How many runs are in each state."
         return {s: n for s in STATES if (n := sum(x.state == s for x in self))}
 
-    @property
-    def missing(self) -> list[Status]:
-        "The runs that are neither done nor being worked on."
-        return [s for s in self if s.state != 'done' and s.over]
-
     def _rows(self) -> list[list[str]]:
         return [[s.name, s.state, _time(s.seconds), str(s.attempts or ''), _first(s.why)] for s in self]
 
@@ -145,3 +140,10 @@ def summary(
 ) -> Summary: # in the order of the plan
     "How all runs stand."
     return Summary(status(run, queued) for run in runs)
+
+def missing(
+    runs:Sequence[Run], # of a plan
+    queued:Mapping[str, str]|None=None, # jobs in the queue
+) -> list[Run]: # in the order of the plan
+    "The runs that are neither done nor being worked on."
+    return [run for run, s in zip(runs, summary(runs, queued), strict=True) if s.over and s.state != 'done']

@@ -25,7 +25,7 @@ from filelock import Timeout
 
 from ..cli_run import CellFailed, execute_notebook
 from .grid import Run, find_notebook
-from .state import LOG, read_state, run_lock, write_state
+from .state import read_state, run_lock, write_state
 
 # %% ../../nbs/sweep/worker.ipynb #1cd365f9
 def worker_command(
@@ -78,7 +78,7 @@ def execute_run(
     run.folder.mkdir(parents=True, exist_ok=True)
     with run_lock(run.folder).acquire(timeout=0):
         started, notebook = time.time(), find_notebook(run.notebook)
-        about = {'notebook': str(run.notebook), 'parameters': dict(run.parameters), 'manifest': bool(notebook.paper), 'where': _where(), 'log': str(run.folder/LOG),
+        about = {'notebook': str(run.notebook), 'parameters': dict(run.parameters), 'manifest': bool(notebook.paper), 'where': _where(),
                  'attempts': read_state(run.folder).get('attempts', 0) + 1, 'started': time.strftime('%Y-%m-%dT%H:%M:%S%z')}
         write_state(run.folder, state='running', **about)
         def over(state:str, reason:str='') -> str:
