@@ -264,6 +264,15 @@ def test_predictions_that_cannot_be_scored_say_why(capsys, tmp_path, world):
     assert '1 gold questions without prediction' in wrong(capsys, 'score', tmp_path/'answers', '--root', world, '-p', 'model', 'm', '-p', 'shots', '0', '-p', 'views', 'normal')
 
 
+@pytest.mark.parametrize(('given', 'why'), [
+    (('data_root', 'no/such/folder'), "data_root='no/such/folder' is no folder"), (('model', './no-such-model'), 'no checkpoint folder'), (('dtype', 'float8'), 'valid: auto, float32'),
+    (('strict', 'maybe'), 'give True or False'), (('judge_prompt', 'mine.txt'), 'is for a model that judges'), (('batch_size', '0'), 'give 1 or more'),
+    (('published', 'absent.csv'), 'absent.csv')])
+def test_what_cannot_be_run_is_said_before_a_folder_is_made(capsys, tmp_path, monkeypatch, given, why):
+    monkeypatch.chdir(tmp_path)
+    assert why in wrong(capsys, 'run', 'mmwalk', '-p', *given, '--out', 'made') and not Path('made').exists()
+
+
 @pytest.mark.slow
 def test_how_a_server_is_asked_reaches_the_model_and_the_judge_of_a_page(capsys, tmp_path, monkeypatch, bodies):
     from fault_proxy import chat_server, fault_proxy

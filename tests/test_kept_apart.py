@@ -105,7 +105,8 @@ def test_scoring_does_not_replace_another_runs_answers(world, tmp_path):
     with pytest.raises(RunError, match='holds 3 answers'): rescore(tmp_path/'run', tmp_path/'other')
 
 
-@pytest.mark.parametrize('params', [{'judge_prompt': 'absent.txt', 'judge': 'openai:x@http://127.0.0.1:9/v1'}, {'published': 'absent.csv'}, {'layout': 'training'}])
+@pytest.mark.parametrize('params', [{'judge_prompt': 'absent.txt', 'judge': 'openai:x@http://127.0.0.1:9/v1'}, {'published': 'absent.csv'}, {'layout': 'training'},
+                                    {'judge_prompt': 'mine.txt'}])
 def test_what_scoring_would_stumble_over_stops_the_start(params, tmp_path):
     settings = make_settings(TASK, params)
     with pytest.raises((ValueError, FileNotFoundError)): start(TASK, settings, tmp_path/'run')

@@ -204,8 +204,9 @@ def write_published_files(
 def check_inputs(
     settings:MmwalkSettings, # of a run that asks
 ) -> None:
-    "Raises ValueError or FileNotFoundError for judge texts that cannot be read, and for a layout that test questions do not have."
+    "Raises ValueError or FileNotFoundError for judge texts that cannot be read or that nobody reads, and for a layout that test questions do not have."
     one_of('layout', settings.layout, [layout for layout in LAYOUTS if layout != 'training'])
+    if settings.judge == 'lexical' and settings.judge_prompt: raise ValueError(f'judge_prompt={settings.judge_prompt!r} is for a model that judges; the rule `lexical` reads no prompt, leave it empty')
     load_judge(settings.judge, settings.judge_prompt or None)
 
 # %% ../../nbs/mmwalk/task.ipynb #dde53501
