@@ -70,6 +70,26 @@ def test_the_text_of_a_choice():
     assert read_reply('x', ['A. x', 'B. x']).status == 'ambiguous' and read_reply('B. x', ['A. x', 'B. x']).choice == 'B. x'
 
 
+WRITTEN_OUT = ['{0}', 'Đáp án: {0}', 'Đáp án: {0}.', 'Đáp án: **{0}**', 'Đáp án đúng là {0} vì biển cấm, không phải {2}', 'First I choose {2}, but then the answer: {0}', 'The answer is ({0}).', '{0} vì xe dừng lại', 'Tôi chọn {0}',
+               'Thoạt nhìn đáp án là {2}. Nhưng xe đã vượt đèn đỏ, nên đáp án là {0}', 'Lựa chọn {2} là đúng nếu đường trống. Đáp án: {0}.', 'Các lựa chọn:\n{both}\n\nĐáp án: {0}', 'Đáp án: {0}\n{both}', 'Đáp án: {1}\nCác lựa chọn: {both}']
+
+
+@pytest.mark.parametrize('pair', [('Đúng', 'Sai'), ('Sai', 'Đúng'), ('Có', 'Không'), ('Không', 'Có'), ('Đúng', 'Không đúng'), ('True', 'False'), ('Right', 'Wrong'), ('Not allowed', 'Allowed')])
+@pytest.mark.parametrize('pattern', WRITTEN_OUT)
+def test_a_choice_that_affirms_or_denies_is_no_remark_on_its_letter(pattern, pair):
+    "What is read must not depend on which of the two is said, on the dot, or on the case."
+    choices = [f'{letter}. {body}' for letter, body in zip('AB', pair, strict=True)]
+    for mark in ('. ', ') ', ' '):
+        for k in (0, 1):
+            said, other = (f'{"AB"[i]}{mark}{pair[i]}' for i in (k, 1 - k))
+            for text in forms(pattern.format(said, 'AB'[k], 'AB'[1 - k], both='\n'.join(choices), other=other)): assert read_reply(text, choices).choice == choices[k], (text, read_reply(text, choices))
+
+
+def test_a_remark_on_a_letter_is_still_one():
+    assert read_reply('Tôi nghĩ là A vì B sai', TWO).choice == 'A. Đúng' and read_reply('A là sai. Chọn B', TWO).choice == 'B. Sai' and read_reply('Option A is wrong, so B', TWO).choice == 'B. Sai'
+    assert read_reply('A. Đúng, B. Sai', TWO).status == 'ambiguous' and read_reply('Không phải A. Đúng mà là B. Sai', TWO).choice == 'B. Sai'
+
+
 def test_a_shared_letter_decides_nothing():
     shared = ['A. Có', 'B. Không', 'B. Không rõ', 'B. Một phần']
     assert read_reply('B', shared).status == read_reply('Đáp án: B', shared).status == 'ambiguous'

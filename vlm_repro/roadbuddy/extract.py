@@ -81,6 +81,16 @@ _WRONG = re.compile(r'[)\].*]*\s+(?:is|are|là|thì)?\s*(?:wrong|incorrect|not|s
 _AND = re.compile(r'[)\].*]*\s*(?:,|/|;|và|hoặc|hay|or|and|&)\s*(?:đáp án\s+|phương án\s+)?[(\[*]*(?P<letter>[A-Z])(?![^\W_])', re.IGNORECASE)
 _NOISE = re.compile(r'<[^<>]{1,20}>|\bn/a\b', re.IGNORECASE)
 
+# %% ../../nbs/roadbuddy/extract.ipynb #49d4ad70
+def _bare(text:str, choices:Sequence[str]) -> str:
+    "A reply in which a choice that is written out is its letter alone."
+    for choice in sorted(choices, key=len, reverse=True):
+        letter, body = letter_of(choice), r'\s+'.join(map(re.escape, body_of(choice).rstrip(' .').split()))
+        if not body: continue
+        plain = rf'|\s+{body}' if body[0].isupper() else ''
+        text = re.sub(rf'(?<![^\W_])(?P<letter>(?i:{letter}))(?:(?P<mark>\s?[.)\]:*–—-]+)\s*(?i:{body}){plain})(?![^\W_])', lambda m: m['letter'] + (m['mark'] or '.'), text)
+    return text
+
 # %% ../../nbs/roadbuddy/extract.ipynb #8e2e4d25
 def _said(found:re.Match[str]) -> set[str]:
     "The letters of one mention: none for an article or for `B is wrong`, two for `A or B`."
@@ -138,11 +148,12 @@ def read_reply(
 ) -> Reading: # nothing is guessed
     "The choice that a reply means (source: ours)."
     text, choices = _tidy(text), tuple(map(nfc, choices))
-    if stated := _last(text): return _decide(text, stated, choices, 'a statement')
+    bare = _bare(text, choices)
+    if stated := _last(bare): return _decide(text, stated, choices, 'a statement')
     if quoted := _quoted(text, choices): return Reading(quoted.pop(), 'ok', 'the text of a choice') if len(quoted) == 1 else Reading(None, 'ambiguous', f'the text of {len(quoted)} choices')
-    if lines := {m['letter'].upper() for m in _LINE.finditer(text)}: return _decide(text, lines, choices, 'a letter on its own line')
+    if lines := {m['letter'].upper() for m in _LINE.finditer(bare)}: return _decide(text, lines, choices, 'a letter on its own line')
     for why, pattern in (('a letter called an option', _OPTION), ('a letter with its mark', _HEAD), ('a letter', _ALONE)):
-        if (found := _decide(text, _all(text, pattern), choices, why)).status != 'none': return found
+        if (found := _decide(text, _all(bare, pattern), choices, why)).status != 'none': return found
     return Reading(None, 'none', _NONE)
 
 # %% ../../nbs/roadbuddy/extract.ipynb #eefce6ad
