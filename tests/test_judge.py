@@ -167,7 +167,7 @@ def test_a_judge_that_reaches_nobody_ends_in_no_table(server, run, n):
     with fault_proxy(server, lambda n, body: '500') as (url, proxy):
         with pytest.raises(JudgeError, match='answered nobody: server: '):
             measure(samples, answers(samples, lambda i: 'say 3'), judge_at(url, max_retries=0, concurrency=8), run, batch_size=8)
-    assert len(proxy.log) == (2*n if n == 3 else 24) and {row['error'].split(':')[0] for row in run.rows('judge')} == {'server'}
+    assert (len(proxy.log) == 6 if n == 3 else 24 <= len(proxy.log) <= 40) and {row['error'].split(':')[0] for row in run.rows('judge')} == {'server'}
 
 
 def test_who_replied_is_kept_with_the_replies(server, run):
