@@ -359,3 +359,9 @@ def test_installed_as_a_program():
     if shutil.which('vlm-repro') is None: pytest.skip('the package is not installed here: pip install -e .')
     done = subprocess.run(['vlm-repro', 'papers'], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize('paper', ['mmwalk', 'roadbuddy'])
+def test_the_parameters_of_a_page_are_found(paper):
+    found = paper_parameters(paper)
+    assert {'model', 'data_root', 'out', 'seed', 'limit', 'batch_size', 'nproc', 'server'} <= found.keys() and all(p.help for p in found.values())
