@@ -13,7 +13,7 @@ __all__ = ['CATEGORIES', 'DIFFICULTY', 'SCENARIOS', 'VIEWS_OF_A_RECORD', 'UNKNOW
 # %% ../../nbs/mmwalk/annotations.ipynb #4d94bb3d
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -139,6 +139,7 @@ def media_of(
     return (tuple(media), *moments.pop())
 
 # %% ../../nbs/mmwalk/annotations.ipynb #4a8e1d6f
+@cache
 def scenario_of(
     trajectory:str, # e.g. `Corner09A`
 ) -> str: # e.g. `Corner`

@@ -11,7 +11,7 @@ __all__ = ['category_by_words', 'recover_frame', 'by_frame', 'recover', 'agreeme
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import groupby
 
 from ..core.records import Sample
@@ -67,10 +67,13 @@ def recover_frame(
     return [(g, 'words') if g is not None and i in kept else (UNKNOWN, 'none') for i, g in enumerate(guesses)]
 
 # %% ../../nbs/mmwalk/categories.ipynb #8ded3043
+@cache
+def _told(category:str, how:str) -> Mapping[str, str]:
+    difficulty = DIFFICULTY[category[0]] if category in CATEGORIES else UNKNOWN
+    return {'category': category, 'difficulty': difficulty, 'category_from': how}
+
 def _placed(sample:Sample, category:str, how:str, more:Mapping[str, str]) -> Sample:
-    difficulty = DIFFICULTY.get(category[0], UNKNOWN) if category in CATEGORIES else UNKNOWN
-    meta = {**sample.meta, 'category': category, 'difficulty': difficulty, 'category_from': how, **more}
-    return Sample(sample.id, sample.media, sample.question, sample.gold, meta)
+    return Sample(sample.id, sample.media, sample.question, sample.gold, {**sample.meta, **_told(category, how), **more})
 
 # %% ../../nbs/mmwalk/categories.ipynb #81401503
 def by_frame(

@@ -75,9 +75,9 @@ def check_frames(
     sample:int=8, # images of each kind whose header is read
 ) -> tuple[list[CheckRow], list[Problem]]:
     "Are the images there, and what are they: rows and the missing ones as problems; no row when there is no frames folder."
-    paths = _first_of(datasets)
     if not datasets or not Path(datasets[0].frames).is_dir():
         return [CheckRow('frames', 'folder', 'absent: answers need it, counts do not')], []
+    paths = _first_of(datasets)
     gone = [p for p, folder in paths.items() if not (Path(folder)/p).is_file()]
     there = [Path(folder)/p for p, folder in paths.items() if (Path(folder)/p).is_file()]
     kinds = {kind: [p for p in there if (p.parent.name == 'depth') == (kind == 'depth')] for kind in ('colour', 'depth')}
