@@ -11,7 +11,7 @@ from fault_proxy import chat_server, fault_proxy
 from safetensors.torch import load_file, save_file
 
 from vlm_repro.cli import main
-from vlm_repro.core.generate import generate
+from vlm_repro.core.generate import GenerateError, generate
 from vlm_repro.core.runs import RunError
 from vlm_repro.core.tasks import extract_run, finish_run, get_task, make_settings, prepare, rescore, score_run, start, table_run
 from vlm_repro.metrics.judge import JudgeError
@@ -216,3 +216,17 @@ def test_what_a_server_would_ignore_is_refused(given):
 def test_road_buddy_refuses_tiles_for_a_server():
     with pytest.raises(ValueError, match='max_tiles=12 cannot reach'): make_settings(get_task('roadbuddy'), {'model': 'openai:m', 'max_tiles': 12})
     assert make_settings(get_task('roadbuddy'), {'model': 'openai:m', 'max_tiles': 6}).max_tiles == 6
+
+
+def test_a_model_the_server_has_not_stops_the_run_at_the_first_batch(world, tmp_path):
+    with fault_proxy('http://127.0.0.1:9/v1', lambda n, body: '404') as (url, proxy):
+        with pytest.raises(GenerateError, match=r'not_found: .*is the name of the model right, and the address\?.*run again to continue'): go(world, tmp_path/'run', model=f'openai:m@{url}', limit=10)
+    assert len(proxy.log) <= 8
+
+
+def test_a_missing_category_is_a_missing_file_and_no_record(world, tmp_path):
+    from vlm_repro.mmwalk.data import load
+    root = shutil.copytree(world, tmp_path/'data')
+    (root/'test_data_chat'/'M3.jsonl').unlink()
+    data = load(root)
+    assert [p.label for p in data.problems] == ['missing_file'] and data.identity['left_out'] == 0 and not data.identity['official']
