@@ -217,9 +217,9 @@ def verdicts_run(
     chosen = cells.where(variant=variant, cluster=task.cluster, unit=task.unit)
     return verdicts(chosen, task.published(settings), task.eligibility(settings, data_of(run)['identity'], sources))
 
-def _csv(rows:Sequence[Mapping[str, Any]]) -> str:
+def _csv(head:Sequence[str], rows:Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
-    out = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
+    out = csv.DictWriter(text, head, lineterminator='\n')
     out.writeheader()
     out.writerows({k: '' if v is None else v for k, v in row.items()} for row in rows)
     return text.getvalue()
@@ -229,11 +229,13 @@ def table_run(
     settings:Any, # the run's settings
     run:RunFolder, # locked, scored
 ) -> 'Cells': # our numbers with intervals, both variants
-    "Reduces the scores to a table, judges it and writes `table.csv`."
+    "Reduces the scores to a table, judges it and writes `table.csv`; data without right answers leave a table without lines."
+    from vlm_repro.report.published import Cell
     cells = task.cells(samples_of(run), [from_row(Score, row) for row in run.rows('scores')], settings)
     judged = {v.cell: v for variant in ('corrected', 'as_published') for v in verdicts_run(task, settings, run, cells, variant) if v.cell}
-    run.write_text('table.csv', _csv([{**row, 'status': judged[c].status if c in judged else '', 'reason': judged[c].reason if c in judged else ''}
-                                      for c, row in zip(cells, cells.rows(), strict=True)]))
+    head = [*(f.name for f in fields(Cell)), 'status', 'reason']
+    run.write_text('table.csv', _csv(head, [{**row, 'status': judged[c].status if c in judged else '', 'reason': judged[c].reason if c in judged else ''}
+                                            for c, row in zip(cells, cells.rows(), strict=True)]))
     return cells
 
 # %% ../../nbs/core/tasks.ipynb #9e2f38e9
