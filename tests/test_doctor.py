@@ -99,3 +99,17 @@ def test_quick_and_without_torch():
     start = time.perf_counter()
     subprocess.run([sys.executable, '-c', code], check=True)
     assert time.perf_counter() - start < 5
+
+
+def test_gpus_are_what_the_driver_says(tmp_path, monkeypatch):
+    from vlm_repro.core.doctor import check_gpu
+    from vlm_repro.core.manifest import gpus
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert gpus() == [] and check_gpu()[0].status == 'absent'
+    tool = tmp_path/'nvidia-smi'
+    tool.write_text('#!/bin/sh\necho "NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15"\necho "NVIDIA L4, 23034 MiB, 550.54.15"\n')
+    tool.chmod(0o755)
+    assert gpus() == [{'name': 'NVIDIA H100 80GB HBM3', 'memory': '81559 MiB', 'driver': '550.54.15'}, {'name': 'NVIDIA L4', 'memory': '23034 MiB', 'driver': '550.54.15'}]
+    assert [c.found for c in check_gpu()] == ['NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15', 'NVIDIA L4, 23034 MiB, 550.54.15']
+    tool.write_text('#!/bin/sh\necho "NVIDIA-SMI has failed because it could not communicate with the driver"\nexit 9\n')
+    assert gpus() == []
