@@ -65,8 +65,11 @@ def test_mmwalk_finetuned_helps_where_it_was_taught(tmp_path):
 
 @pytest.mark.papers
 def test_roadbuddy_finetuned_learns_a_kind_it_was_not_taught(tmp_path):
+    from vlm_repro.models.protocol import load_model
     from vlm_repro.roadbuddy.questions import family_of
-    _run(tmp_path, notebook=ROADBUDDY)
+    _run(tmp_path, notebook=ROADBUDDY, merged=True)
+    assert load_model(str(tmp_path/'merged')).describe()['n_parameters'] == load_model('tiny', tiny='roadbuddy').describe()['n_parameters']
+    assert 'give the same answer to 8 of 8 requests' in (tmp_path/'notebook.ipynb').read_text(encoding='utf-8')
     asked = {r['id']: family_of(r['question']) for r in map(json.loads, (tmp_path/'samples.jsonl').read_text(encoding='utf-8').splitlines())}
     before, after = ({i: v for i, v in _column(folder/'scores.jsonl', 'corrected').items() if asked[i] == 'colour'} for folder in (tmp_path/'before', tmp_path))
     assert len(before) >= 8 and sum(after.values()) > sum(before.values())

@@ -17,7 +17,7 @@ from vlm_repro.roadbuddy.annotations import annotation_file, body_of, choices_of
 from vlm_repro.roadbuddy.check import check, count, expected_counts
 from vlm_repro.roadbuddy.data import FOLDER, OFFICIAL, WATERMARK, choose, find_file, load
 from vlm_repro.roadbuddy.download import get, plan
-from vlm_repro.roadbuddy.splits import GROUPS, leaks, split_indices, split_samples
+from vlm_repro.roadbuddy.splits import GROUPS, leak_worth, leaks, split_indices, split_samples
 
 
 def loaded(tmp_path, *items, **more):
@@ -191,6 +191,39 @@ def test_a_split_holds_every_sample_once(by, n):
     groups = [{GROUPS[by](s) for s in part} for part in parts.values()]
     assert not groups[0] & groups[1]
     if len(groups[0] | groups[1]) > 1: assert parts['train'] and parts['val']
+
+
+def _answers(gained_on_seen: float, gained_elsewhere: float) -> tuple[dict, dict, dict, set]:
+    """Scores before and after on sixty clips of two questions, half of them trained on, and which gained what."""
+    rng = random.Random(0)
+    clip = {f'q{i}': f'clip{i//2:02}' for i in range(120)}
+    known = {f'clip{i:02}' for i in range(30)}
+    before = {i: float(rng.random() < .4) for i in clip}
+    after = {i: max(v, float(rng.random() < (gained_on_seen if clip[i] in known else gained_elsewhere))) for i, v in before.items()}
+    return before, after, clip, known
+
+
+def test_a_leak_is_worth_what_is_gained_more_on_clips_that_were_trained_on():
+    before, after, clip, known = _answers(.8, .1)
+    *_, gain = leak_worth(before, after, clip, known)
+    means = [sum(after[i] - before[i] for i in clip if (clip[i] in known) == seen)/60 for seen in (True, False)]
+    assert (gain.seen.value, gain.new.value, gain.more.value) == pytest.approx((*means, means[0] - means[1])) and gain.more.lo > 0
+    assert (gain.seen.n, gain.seen.n_clusters, gain.new.n_clusters) == (60, 30, 30)
+    order = dict(reversed(list(after.items())))
+    assert leak_worth(before, order, clip, known)[-1] == gain, 'the order of questions does not matter'
+
+
+def test_an_equal_gain_everywhere_is_no_leak():
+    before, after, clip, known = _answers(.5, .5)
+    assert leak_worth(before, after, clip, known)[-1].more.lo < 0 < leak_worth(before, after, clip, known)[-1].more.hi
+
+
+def test_without_one_kind_of_clip_nothing_is_compared():
+    before, after, clip, known = _answers(.5, .5)
+    for trained_on in ((), set(clip.values())):
+        worth = leak_worth(before, after, clip, trained_on)
+        assert [c.more.value for c in worth] == [None]*3 and 'one of the two has no questions' in repr(worth)
+    assert len(leak_worth(None, after, clip, known)) == 1
 
 
 def test_only_the_published_split_leaks_clips():

@@ -13,7 +13,9 @@ from train_toy import FULL, losses, toy_recipe
 from vlm_repro.core.runs import RunError
 from vlm_repro.train.checkpoints import checkpoints, last_checkpoint
 from vlm_repro.train.data import DataError
+from vlm_repro.train.export import drawn_requests
 from vlm_repro.train.loop import fine_tune
+from vlm_repro.train.paper import merge_tuned
 from vlm_repro.train.parts import NoSuchTarget
 from vlm_repro.train.recipe import RecipeError, TrainError, load_recipe
 from vlm_repro.train.setup import load_trainable
@@ -54,6 +56,7 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(toy, tmp_path):
 
 def test_a_finished_run_is_returned_and_belongs_to_its_recipe(toy, tmp_path):
     first = train(toy, tmp_path, max_steps=2)
+    assert {"adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "processor_config.json", "generation_config.json"} <= {f.name for f in Path(first.weights).iterdir()}
     assert train(toy, tmp_path, max_steps=2) == first
     with pytest.raises(RunError, match="another recipe .*batch 6 → 3"):
         train(toy, tmp_path, max_steps=2, batch=3)
@@ -195,6 +198,15 @@ def test_a_checkpoint_of_another_model_is_refused(toy, tmp_path):
     (tmp_path / "recipe.yaml").unlink()
     with pytest.raises(TrainError, match="checkpoint-2 does not fit the model of this recipe"):
         train(toy, tmp_path, max_steps=3, **{"tuning.rank": 4})
+
+
+def test_merged_weights_answer_as_the_adapter_does_and_are_taken_as_they_are(toy, tmp_path):
+    report = train(toy, tmp_path / "run", max_steps=2, learning_rate=0.1)
+    asked = drawn_requests(tmp_path / "asked")
+    assert merge_tuned(report, tmp_path / "merged", asked, 4).ok
+    written = (tmp_path / "merged" / "model.safetensors").stat().st_mtime_ns
+    assert len(merge_tuned(report, tmp_path / "merged", asked, 4, n=2).merged) == 2
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_mtime_ns == written
 
 
 @pytest.mark.slow

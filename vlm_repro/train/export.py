@@ -101,7 +101,7 @@ def merge(
     finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/train/export.ipynb #375748f5
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Agreement:
     "Answers of an adapter on its base, and of the merged weights; shows itself."
     adapter: tuple[Generation, ...]
@@ -117,7 +117,7 @@ class Agreement:
         "Whether there are answers and all are the same."
         return bool(self.adapter) and not self.parted
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         n = len(self.adapter)
         head = f'adapter and merged weights give the same answer to {n - len(self.parted)} of {n} requests'
         pairs = [(self.adapter[i], self.merged[i]) for i in self.parted]
