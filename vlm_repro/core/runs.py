@@ -37,14 +37,14 @@ class RunError(Exception):
 def _line(row:Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, sort_keys=True) + '\n'
 
-def _append(path:Path, rows:Iterable[Mapping[str, Any]]) -> None:
+def _append(path:Path, rows:Iterable[Mapping[str, Any]], force:bool=True) -> None:
     data = ''.join(map(_line, rows)).encode('utf-8')
     with open(path, 'ab', buffering=0) as f:
         start = f.tell()
         try:
             written = 0
             while written < len(data): written += f.write(data[written:])
-            os.fsync(f.fileno())
+            if force: os.fsync(f.fileno())
         except OSError as e:
             os.ftruncate(f.fileno(), start)
             raise RunError(f'{path}: cannot write ({e.strerror}); the {start} bytes before are kept. Free some space and run again to continue.') from e
@@ -152,10 +152,11 @@ class RunFolder:
     def append(self,
         stage:str, # one of `STAGES`
         rows:Iterable[Mapping[str, Any]], # JSON-able
+        force:bool=True, # to the disk, so that even a power cut leaves them; not worth the wait for what nobody reads twice
     ) -> None:
-        "Adds rows to a stage and forces them to the disk; raises RunError if the disk is full or nobody holds the lock."
+        "Adds rows to a stage; raises RunError if the disk is full or nobody holds the lock."
         self._writing()
-        _append(self.path(f'{stage}-{self._shard}.jsonl' if self._shard else f'{stage}.jsonl'), rows)
+        _append(self.path(f'{stage}-{self._shard}.jsonl' if self._shard else f'{stage}.jsonl'), rows, force)
 
     def write(self,
         stage:str, # one of `STAGES`
