@@ -6,14 +6,13 @@ Docs: https://vlm-repro.github.io/vlm_repro/core/video.html.md"""
 
 # %% auto #0
 __all__ = ['CODECS', 'SEEK_COST', 'HOWS', 'write_clip', 'VideoInfo', 'VideoIndex', 'video_index', 'video_info', 'frame_times',
-           'Run', 'plan_reads', 'check_frames', 'read_frames']
+           'forget_indexes', 'Run', 'plan_reads', 'check_frames', 'read_frames']
 
 # %% ../../nbs/core/video.ipynb #e9f659d9
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
 from operator import index as whole
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,7 +146,9 @@ def _turn_of(frame:Any, path:Path) -> Image.Transpose | None:
 def _packets(container:Any, stream:Any) -> Iterator[Any]:
     "The packets of a stream, to where the file ends or stops making sense: a frame that this leaves out is missed by whoever asked for it."
     import av
-    try: yield from (p for p in container.demux(stream) if p.size)
+    try:
+        for p in container.demux(stream):
+            if p.size: yield p
     except av.error.FFmpegError: return
 
 def _decode(packet:Any) -> list[Any] | None:
@@ -194,28 +195,42 @@ def _missing(rows:Sequence[_Row], n_packets:int, container:Any, stream:Any) -> i
     return round(lacking) if lacking > 1.5 else 0
 
 # %% ../../nbs/core/video.ipynb #8e113283
-@lru_cache(maxsize=64)
-def _index(path:Path, changed:int, n_bytes:int) -> VideoIndex:
-    with _opened(path) as (container, stream):
-        rows, first, n = _scan(path, container, stream)
-        if not rows: raise MediaError(path, 'has a video stream without frames; fetch it again')
-        if first is None: raise MediaError(path, f'has {len(rows)} frames of {stream.codec_context.name}, none of which can be decoded; fetch it again')
-        missing = _missing(rows, n, container, stream)
-        sure = [r for r in rows if not missing or r.pts <= rows[-1].dts] or rows[:1]
-        pts, places = np.unique([r.pts for r in sure], return_index=True)
-        keys = np.flatnonzero([sure[i].key for i in places])
-        seconds = _end(sure, stream)
-        return VideoIndex(pts, keys, stream.time_base, float(stream.average_rate or len(pts)/seconds), (first.width, first.height), _turn_of(first, path), seconds,
-                          missing and missing + len(rows) - len(sure))
+def _index(path:Path, container:Any, stream:Any) -> VideoIndex:
+    rows, first, n = _scan(path, container, stream)
+    if not rows: raise MediaError(path, 'has a video stream without frames; fetch it again')
+    if first is None: raise MediaError(path, f'has {len(rows)} frames of {stream.codec_context.name}, none of which can be decoded; fetch it again')
+    missing = _missing(rows, n, container, stream)
+    sure = [r for r in rows if not missing or r.pts <= rows[-1].dts] or rows[:1]
+    pts, places = np.unique([r.pts for r in sure], return_index=True)
+    keys = np.flatnonzero([sure[i].key for i in places])
+    seconds = _end(sure, stream)
+    return VideoIndex(pts, keys, stream.time_base, float(stream.average_rate or len(pts)/seconds), (first.width, first.height), _turn_of(first, path), seconds,
+                      missing and missing + len(rows) - len(sure))
+
+_KNOWN:dict[tuple[Path, int, int], VideoIndex] = {} # by path, time of change and size
+_MANY = 64
+
+def _key(path:Path) -> tuple[Path, int, int]:
+    try: held = path.stat()
+    except OSError as e: raise _refused(path) from e
+    return path, held.st_mtime_ns, held.st_size
+
+def _known(path:Path, container:Any, stream:Any) -> tuple[VideoIndex, bool]:
+    "The index of an open file, and whether the file had to be run through for it."
+    key = _key(path)
+    if (index := _KNOWN.get(key)) is not None: return index, False
+    index = _index(path, container, stream)
+    while len(_KNOWN) >= _MANY: _KNOWN.pop(next(iter(_KNOWN)), None)
+    _KNOWN[key] = index
+    return index, True
 
 def video_index(
     path:str|Path, # a video file
 ) -> VideoIndex: # remembered until the file changes
     "The time stamps and key frames of a video; raises MediaError for a file that is no video, is empty, or has no frame that can be decoded."
     path = Path(path)
-    try: held = path.stat()
-    except OSError as e: raise _refused(path) from e
-    return _index(path, held.st_mtime_ns, held.st_size)
+    if (index := _KNOWN.get(_key(path))) is not None: return index
+    with _opened(path) as opened: return _known(path, *opened)[0]
 
 # %% ../../nbs/core/video.ipynb #10c5ed76
 def video_info(
@@ -232,6 +247,10 @@ def frame_times(
     "When each frame is shown; raises MediaError as `video_index` does."
     v = video_index(path)
     return (v.pts - v.pts[0])*float(v.tick)
+
+def forget_indexes() -> None:
+    "Drops what is remembered of files, so that the next reading of each takes as long as a first one."
+    _index.cache_clear()
 
 # %% ../../nbs/core/video.ipynb #edf7151f
 SEEK_COST = 4.
@@ -282,21 +301,24 @@ class _Astray(Exception):
     "A jump that did not land on a key frame."
 
 def _jump(container:Any, stream:Any, index:VideoIndex, start:int) -> Iterator[Any]:
-    "The packets from a key frame on."
-    container.seek(int(index.pts[start]), stream=stream)
-    packets = _packets(container, stream)
-    first = next(packets, None)
+    "The packets from a key frame on; where asking for its time leads to the key frame before, asking for the moment before the next frame may not."
+    moments = [int(index.pts[start]), *(int(t) - 1 for t in index.pts[start + 1:start + 2])]
+    for at in (*moments, moments[0]):
+        container.seek(at, stream=stream)
+        packets = _packets(container, stream)
+        first = next(packets, None)
+        if first is not None and first.pts == index.pts[start]: break
     if first is None or not first.is_keyframe or first.pts is None or first.pts > index.pts[start]: raise _Astray
     yield first
     yield from packets
 
 # %% ../../nbs/core/video.ipynb #4ecd2e66
-def _run_frames(container:Any, stream:Any, index:VideoIndex, run:Run) -> Iterator[tuple[int, Any]]:
+def _run_frames(container:Any, stream:Any, index:VideoIndex, run:Run, moved:bool) -> Iterator[tuple[int, Any]]:
     "Index and picture of the wanted frames of one run that are sound."
     context, damage, left = stream.codec_context, _Damage(), set(run.wanted)
     may_skip = context.name in _NOT_NEEDED
-    packets = _jump(container, stream, index, run.start) if run.start else _packets(container, stream)
-    fresh = run.start > 0
+    packets = _jump(container, stream, index, run.start) if run.start or moved else _packets(container, stream)
+    fresh = run.start > 0 or moved
     def sound(frames:list[Any]) -> Iterator[tuple[int, Any]]:
         nonlocal fresh
         for frame in frames:
@@ -313,14 +335,14 @@ def _run_frames(container:Any, stream:Any, index:VideoIndex, run:Run) -> Iterato
         if not left: break
     yield from sound(context.decode(None))
 
-def _gather(path:Path, index:VideoIndex, runs:Sequence[Run]) -> dict[int, Image.Image]:
-    "The wanted frames that can be had, upright."
+def _gather(container:Any, stream:Any, index:VideoIndex, runs:Sequence[Run], moved:bool) -> dict[int, Image.Image]:
+    "The wanted frames that can be had, upright; `moved` says that the file does not stand at its beginning."
     found = {}
-    with _opened(path) as (container, stream):
-        for run in runs:
-            for i, frame in _run_frames(container, stream, index, run):
-                image = Image.fromarray(frame.to_ndarray(format='rgb24', threads=1))
-                found[i] = image if index.turn is None else image.transpose(index.turn)
+    for run in runs:
+        for i, frame in _run_frames(container, stream, index, run, moved):
+            image = Image.fromarray(frame.to_ndarray(format='rgb24', threads=1))
+            found[i] = image if index.turn is None else image.transpose(index.turn)
+        moved = True
     return found
 
 # %% ../../nbs/core/video.ipynb #e533308b
@@ -330,14 +352,17 @@ def _by_decord(path:Path, wanted:Sequence[int]) -> dict[int, Image.Image]:
     except (decord.DECORDError, RuntimeError, IndexError) as e: raise MediaError(path, f'decord cannot read the frames {list(wanted)} ({type(e).__name__})') from e
     return dict(zip(wanted, map(Image.fromarray, batch)))
 
-def _exactly(path:Path, index:VideoIndex, wanted:Sequence[int], how:str) -> dict[int, Image.Image]:
+def _exactly(path:Path, wanted:Sequence[int], how:str) -> dict[int, Image.Image]:
     "By the plan; from the front for what the plan did not reach, where the file's key marks cannot be trusted."
-    runs = plan_reads(wanted, index.keys, _COSTS[how])
-    try: found = _gather(path, index, runs)
-    except _Astray: found = {}
+    with _opened(path) as opened:
+        index, moved = _known(path, *opened)
+        _there(path, index, wanted)
+        runs = plan_reads(wanted, index.keys, _COSTS[how])
+        try: found = _gather(*opened, index, runs, moved)
+        except _Astray: found = {}
     left = [i for i in wanted if i not in found]
-    if not left or not any(run.start for run in runs): return found
-    return {**found, **_gather(path, index, plan_reads(left, index.keys, _COSTS['linear']))}
+    if not left or not (moved or any(run.start for run in runs)): return found
+    with _opened(path) as opened: return {**found, **_gather(*opened, index, plan_reads(left, index.keys, _COSTS['linear']), False)}
 
 def check_frames(
     path:str|Path, # a video file
@@ -345,10 +370,13 @@ def check_frames(
 ) -> VideoIndex: # of the file
     "Raises MediaError for an index that the video does not have, and as `video_index` does."
     index = video_index(path)
+    _there(Path(path), index, indices)
+    return index
+
+def _there(path:Path, index:VideoIndex, indices:Iterable[int]) -> None:
     n, cut = len(index.pts), f'; it was cut short, {index.missing} more are missing: fetch it again' if index.missing else ''
     for i in indices:
         if not 0 <= i < n: raise MediaError(path, f'no frame {i}: it has {n} frames, 0 to {n - 1}{cut}')
-    return index
 
 # %% ../../nbs/core/video.ipynb #c12ba247
 def read_frames(
@@ -360,8 +388,8 @@ def read_frames(
     if how not in HOWS: raise ValueError(f'unknown how {how!r}; one of {", ".join(HOWS)}')
     path, indices = Path(path), [whole(i) for i in indices]
     wanted = sorted(set(indices))
-    index = check_frames(path, wanted)
-    found = _by_decord(path, wanted) if how == 'decord' else _exactly(path, index, wanted, how)
+    if how == 'decord': check_frames(path, wanted)
+    found = _by_decord(path, wanted) if how == 'decord' else _exactly(path, wanted, how)
     lost = [i for i in wanted if i not in found]
     if lost: raise MediaError(path, f'frame {lost[0]} cannot be decoded ({len(lost)} of the {len(wanted)} asked for): the file is damaged; fetch it again')
     return [found[i] for i in indices]
