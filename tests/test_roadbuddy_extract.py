@@ -95,6 +95,7 @@ def test_a_shared_letter_decides_nothing():
     assert read_reply('B', shared).status == read_reply('Đáp án: B', shared).status == 'ambiguous'
     assert [read_reply(t, shared).choice for t in ('B. Không rõ', 'Không rõ', 'Đáp án: B. Không rõ', 'A')] == [shared[2]] * 3 + [shared[0]]
     assert read_reply('B', FOUR * 2).choice == FOUR[1]
+    assert [read_reply(t, shared).letter for t in ('B', 'Đáp án: B', 'A', 'A hoặc B', 'E')] == ['B', 'B', None, None, None]
 
 
 def test_published_parsers_always_find_a_letter():
@@ -136,6 +137,7 @@ def test_gold_letters():
 
 def test_likelihood():
     assert read_likelihood((-3., -1., -2., -9.), FOUR).choice == FOUR[1] and read_likelihood((-1., -1., -2., -2.), FOUR).status == 'ambiguous'
+    assert [read_likelihood(p, ['A. a', 'B. b', 'B. c']).letter for p in ((-2., -1., -1.), (-1., -1., -1.))] == ['B', None]
     assert read_likelihood((-1., -2., -3., -4.) * 2, FOUR * 2).choice == FOUR[0] and read_likelihood(None, FOUR).status == 'none'
     with pytest.raises(ValueError, match='3 log-probabilities for 4 choices'): read_likelihood((-1., -2., -3.), FOUR)
 

@@ -17,7 +17,7 @@ from typing import Any
 from ..core.jsonl import DataError, Problem, stop_on
 from ..core.records import Sample, digest
 from ..core.tasks import Dataset, one_of
-from .annotations import UNKNOWN, samples_in
+from .annotations import UNKNOWN, nfc, read_items, samples_in
 
 # %% ../../nbs/roadbuddy/data.ipynb #2a78233b
 FOLDER = 'traffic_buddy_train+public_test'
@@ -80,7 +80,14 @@ def load(
     if not samples: raise DataError(f'no usable item in {path.name}; {problems[0] if problems else "its list is empty"}')
     counts = {'n': len(samples), 'clips': len({s.meta['clip'] for s in samples}), 'sources': len({s.meta['source'] for s in samples}),
               'left_out': sum(p.dropped for p in problems)}
-    return Dataset(samples, str(folder), about | counts, watermark_of(folder), problems)
+    absent = _absent(path, samples)
+    return Dataset(samples, str(folder), about | counts | ({'absent': absent} if absent else {}), watermark_of(folder), problems)
+
+def _absent(path:Path, samples:Sequence[Sample]) -> dict[str, int]:
+    "Ids of the file without a sample, and their places in it: a submission needs a row for each."
+    ids = [item.get('id') for item in read_items(path)[0] if isinstance(item, dict)]
+    there = {s.id for s in samples}
+    return {nfc(i): place for place, i in enumerate(ids) if isinstance(i, str) and i.strip() and nfc(i) not in there}
 
 # %% ../../nbs/roadbuddy/data.ipynb #151dddb0
 def choose(

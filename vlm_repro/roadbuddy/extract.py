@@ -60,6 +60,7 @@ class Reading:
     choice: str | None # the whole text of a choice; None unless `status` is `ok`
     status: str # `ok`, `none` or `ambiguous`
     why: str # which rule decided
+    letter: str | None = None # the one letter that was said where several choices bear it, and none of them was
 
 # %% ../../nbs/roadbuddy/extract.ipynb #145ea314
 _NONE, _MARKS = 'names no choice that was offered', r'[\s*_`"\'“”(\[{]{0,8}'
@@ -135,7 +136,7 @@ def _decide(text:str, letters:set[str], choices:Sequence[str], why:str) -> Readi
     said = {letter_of(c) for c in offered}
     if len(said) > 1: return Reading(None, 'ambiguous', f'{why}: {", ".join(sorted(said))}')
     if len(offered) > 1: offered = _spelled(text, offered)
-    if len(offered) > 1: return Reading(None, 'ambiguous', f'{said.pop()} stands for {len(offered)} choices')
+    if len(offered) > 1: return Reading(None, 'ambiguous', f'{min(said)} stands for {len(offered)} choices', min(said))
     return Reading(offered.pop(), 'ok', why) if offered else Reading(None, 'none', _NONE)
 
 def _tidy(text:str) -> str:
@@ -165,7 +166,9 @@ def read_likelihood(
     if logprobs is None: return Reading(None, 'none', 'the generation has no log-probabilities; generate with `score_choices`')
     if len(logprobs) != len(choices): raise ValueError(f'{len(logprobs)} log-probabilities for {len(choices)} choices')
     best = {nfc(c) for c, p in zip(choices, logprobs) if p == max(logprobs)}
-    return Reading(best.pop(), 'ok', 'the likeliest letter') if len(best) == 1 else Reading(None, 'ambiguous', f'{len(best)} choices are equally likely')
+    if len(best) == 1: return Reading(best.pop(), 'ok', 'the likeliest letter')
+    letters = {letter_of(c) for c in best}
+    return Reading(None, 'ambiguous', f'{len(best)} choices are equally likely', letters.pop() if len(letters) == 1 else None)
 
 # %% ../../nbs/roadbuddy/extract.ipynb #1a59fd4f
 def _published(parse:Callable[[str], str]) -> Callable[[Generation, Sequence[str]], Reading]:
