@@ -14,7 +14,7 @@ from vlm_repro.core.runs import open_run
 from vlm_repro.report.published import Eligibility, load_published, verdicts
 from vlm_repro.roadbuddy.extract import extract
 from vlm_repro.roadbuddy.score import CLUSTERS, confusion, confusion_figure, count_answers, evaluate, floors, measure, row_name, table_cells
-from vlm_repro.roadbuddy.submission import letters_of, pace_of, seconds_of, submission_csv, time_csv
+from vlm_repro.roadbuddy.submission import letters_of, pace_of, seconds_of, shares_of, submission_csv, time_csv, with_absent
 from vlm_repro.roadbuddy.task import RoadBuddySettings
 from vlm_repro.roadbuddy.upstream import write_upstream
 from vlm_repro.train.recipe import load_recipe
@@ -109,6 +109,7 @@ def test_the_table_is_the_arithmetic_it_claims():
 
 
 def test_row_names():
+    assert row_name('OpenGVLab/InternVL3-8B-hf') == row_name('OpenGVLab/InternVL3-8B') == 'InternVL3-8B / zero-shot' and row_name('me/InternVL3-8B-hf') == 'InternVL3-8B-hf / zero-shot'
     assert row_name('tiny', 'finetuned, 5 epochs') == 'tiny / finetuned, 5 epochs' and row_name('/a/b/InternVL3-8B/') == 'InternVL3-8B / zero-shot'
 
 
@@ -119,12 +120,24 @@ def test_a_submission_names_a_letter_for_every_question_and_counts_its_guesses()
     made = letters_of(answers)
     assert (made.letters, made.guessed) == (('B', 'A', 'D'), ('b',)) and submission_csv(made.ids, made.letters) == 'id,answer\na,B\nb,A\nc,D\n'
     with pytest.raises(DataError, match='1 of 3 questions have no valid answer, b first'): letters_of(answers, None)
+    said = letters_of(answers, None, {'b': 'C', 'a': 'D'})
+    assert (said.letters, said.guessed) == (('B', 'C', 'D'), ())
+
+
+def test_a_question_that_could_not_be_asked_has_a_row_in_its_place():
+    made = letters_of([Answer(i, 'B. x', 'ok', 's') for i in 'ad'])
+    whole = with_absent(made, {'e': 4, 'b': 1, 'c': 2})
+    assert ''.join(whole.ids) == 'abcde' and ''.join(whole.letters) == 'BAABA' and set(whole.guessed) == set('bce') and with_absent(made, {}) == made
 
 
 def test_time_against_the_rule():
-    seconds = seconds_of([{'ids': ['a', 'b'], 'seconds': 40.}, {'ids': ['b'], 'seconds': 2.}, {'n': 3, 'seconds': 9.}])
+    timings = [{'ids': ['a', 'b'], 'seconds': 40.}, {'ids': ['b'], 'seconds': 2.}, {'n': 3, 'seconds': 9.}]
+    seconds = seconds_of(timings)
     pace = pace_of(seconds)
     assert (pace.n, pace.mean, pace.slowest, pace.late) == (2, 21., 40., ('a',)) and pace_of({}).mean == 0 and pace_of({'a': 30.}).late == ()
+    late = pace_of(seconds_of([{'ids': ['a', 'b'], 'seconds': 29.}], {'a': 1.5}), shares=shares_of([{'ids': ['a', 'b'], 'seconds': 29.}], {'a': 1.5}))
+    assert (late.late, late.slowest, late.share) == (('a',), 30.5, 15.25) and shares_of(timings) == {'a': 20., 'b': 2.}
+    assert '15.25 s each' in late._repr_markdown_() and '30.50 s at worst; **1 beyond 30 s**, a first' in late._repr_markdown_()
     assert time_csv(letters_of([Answer('a', 'A. x', 'ok', 's'), Answer('z', 'B. x', 'ok', 's')]), seconds) == 'id,answer,time\na,A,40000\nz,B,\n'
 
 

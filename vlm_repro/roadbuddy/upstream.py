@@ -9,14 +9,16 @@ __all__ = ['results_text', 'write_upstream']
 
 # %% ../../nbs/roadbuddy/upstream.ipynb #a99e1353
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
-from ..core.records import Answer, Sample
+from ..core.records import Answer, Generation, Sample, from_row
 from ..core.runs import RunFolder
-from .extract import PUBLISHED, gold_label
+from .annotations import choices_of
+from .extract import EXTRACTORS, PUBLISHED, gold_label
 from .score import evaluate
-from .submission import Letters, letters_of, seconds_of, submission_csv, time_csv
+from .submission import Letters, letters_of, seconds_of, submission_csv, time_csv, with_absent
 
 # %% ../../nbs/roadbuddy/upstream.ipynb #27ce9c2c
 def results_text(
@@ -32,16 +34,24 @@ def _write(run:RunFolder, name:str, letters:Letters, seconds:dict[str, float]) -
     run.write_text(f'upstream/{name}submission.csv', submission_csv(letters.ids, letters.letters))
     run.write_text(f'upstream/{name}time_submission.csv', time_csv(letters, seconds))
 
+def _said(run:RunFolder, pairs:Sequence[tuple[Sample, Answer]]) -> dict[str, str]:
+    "The letters of replies that name one, but no choice."
+    made = {row['id']: from_row(Generation, row) for row in run.rows('predictions')}
+    found = {a.id: EXTRACTORS[a.extractor](made[a.id], choices_of(s)).letter for s, a in pairs if a.status == 'ambiguous' and a.id in made}
+    return {i: letter for i, letter in found.items() if letter}
+
 def write_upstream(
     run:RunFolder, # locked by this process
     samples:Sequence[Sample], # one an answer
     answers:Sequence[Answer], # of all extractors
+    planning:Mapping[str, float]=MappingProxyType({}), # sample to seconds spent on its clip before its batch
+    absent:Mapping[str, int]=MappingProxyType({}), # ids of the file that could not be asked, and their places in it
 ) -> Path: # the folder `upstream` in the run folder
     "Writes results, submissions and times in the published form."
     run.path('upstream').mkdir(exist_ok=True)
-    pairs, seconds = list(zip(samples, answers, strict=True)), seconds_of(run.rows('timings'))
+    pairs, seconds = list(zip(samples, answers, strict=True)), seconds_of(run.rows('timings'), planning)
     published, corrected = [p for p in pairs if p[1].extractor in PUBLISHED], [p for p in pairs if p[1].extractor not in PUBLISHED]
     if published and all(s.gold for s, _ in published): run.write_text('upstream/results.json', results_text(*zip(*published)))
     for name, some in (('', published), ('corrected_', corrected)):
-        if some: _write(run, name, letters_of([a for _, a in some]), seconds)
+        if some: _write(run, name, with_absent(letters_of([a for _, a in some], said=_said(run, some)), absent), seconds)
     return run.path('upstream')
