@@ -1,4 +1,6 @@
 """Recipes: what they refuse, where values come from, and that their targets are there."""
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as hf
@@ -98,11 +100,41 @@ def test_a_recipe_becomes_arguments_that_the_installed_trainer_knows(name, tmp_p
     ({"micro_tokens": 100}, "micro_tokens: 100 is less than max_length"),
     ({"best": True}, "best: True needs something to look at; give eval_data and eval_every"),
     ({"data": []}, "data: a recipe needs at least one source"),
+    ({"learning_rate": float("nan")}, "learning_rate: nan is not a finite number"),
+    ({"epochs": float("inf")}, "epochs: inf is not a finite number"),
+    ({"batch": float("inf")}, "batch: inf is not a finite number"),
+    ({"betas": [0.9]}, "betas: (0.9,) is not possible; give two numbers"),
+    ({"betas": [0.9, 1.5]}, "betas: 1.5 is not possible; give 0 or more, and less than 1"),
+    ({"epsilon": -1}, "epsilon: -1.0 is not possible; give more than 0"),
+    ({"warmup": 1.5}, "warmup: 1.5 is not possible; give a share below 1, or a whole number of steps"),
+    ({"seed": -1}, "seed: -1 is not possible; give 0 or more"),
+    ({"min_pixels": 9, "max_pixels": 8}, "min_pixels: 9 is not possible; give max_pixels (8) or less"),
+    ({"tuning.dropout": 2}, "tuning.dropout: 2.0 is not possible; give 0 or more, and less than 1"),
+    ({"tuning.alpha": -3}, "tuning.alpha: -3.0 is not possible; give more than 0"),
+    ({"part_rates.vision": -1}, "part_rates.vision: -1.0 is not possible; give 0 or more"),
+    ({"data.0.rate": 0}, "rate of mmwalk train: 0.0 is not possible; give more than 0"),
+    ({"data.5.rate": 0.5}, "data.5.rate: there is no number 5; data has 1, counted from 0"),
+    ({"data.0": "mmwalk"}, "data.0: name one key of a source, such as data.0.rate"),
+    ({"batch.x": 3}, "batch.x: batch is "),
+    ({"sources.batch": "me"}, "sources.batch: where values come from is said in a recipe file"),
 ])
 def test_a_value_that_cannot_be_is_refused_with_what_can(changes, said):
     with pytest.raises(RecipeError) as e:
         load_recipe("mmwalk/published", **changes)
     assert said in str(e.value)
+
+
+def test_a_record_made_by_hand_is_checked_as_well():
+    recipe = load_recipe("mmwalk/tiny")
+    for wrong in ({"learning_rate": float("nan")}, {"weight_decay": float("inf")}, {"max_grad_norm": float("nan")}, {"epochs": float("inf")}):
+        with pytest.raises(RecipeError, match="is not possible"):
+            replace(recipe, **wrong)
+
+
+def test_one_source_of_several_is_changed_by_its_number():
+    recipe = load_recipe("mmwalk/tiny", data=[{"task": "mmwalk"}, {"task": "mmwalk", "split": "val"}])
+    assert [s.rate for s in change(recipe, **{"data.1.rate": 0.5}).data] == [1, 0.5]
+    assert [s.rate for s in change(recipe, **{"data.rate": 0.5}).data] == [0.5, 0.5]
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest():

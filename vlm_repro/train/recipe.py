@@ -10,6 +10,7 @@ __all__ = ['PARTS', 'TRACKERS', 'CHOICES', 'METHODS', 'GIVEN', 'DEFAULT', 'Recip
            'identity', 'recipe_rows']
 
 # %% ../../nbs/train/recipe.ipynb #9ca2d978
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -114,7 +115,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     'schedule': ('cosine', 'linear', 'constant', 'constant_with_warmup'), 'precision': ('bf16', 'fp16', 'fp32'),
     'deepspeed.stage': (0, 1, 2, 3), 'deepspeed.offload': ('none', 'optimizer', 'all')}
 _LEAST = {'batch': 1, 'micro_batch': 1, 'micro_tokens': 0, 'max_steps': 0, 'max_length': 2, 'log_every': 1, 'keep': 0, 'eval_batch': 1, 'patience': 0,
-          'workers': 0, 'keep_features': 0, 'min_pixels': 0, 'max_pixels': 0, 'warmup': 0, 'weight_decay': 0, 'max_grad_norm': 0}
+          'workers': 0, 'keep_features': 0, 'min_pixels': 0, 'max_pixels': 0, 'warmup': 0, 'weight_decay': 0, 'max_grad_norm': 0, 'seed': 0}
 
 def _choose(key:str, value:Any, known:Sequence[Any]) -> None:
     if value not in known: raise RecipeError(f'{key}: {value!r} is not possible; {near(str(value), known)}')
@@ -124,20 +125,39 @@ def _check(r:Recipe) -> None:
         head, _, tail = key.partition('.')
         if not tail: _choose(key, getattr(r, head), known)
         elif getattr(r, head): _choose(key, getattr(getattr(r, head), tail), known)
-    for key, least in _LEAST.items():
-        if getattr(r, key) < least: raise RecipeError(f'{key}: {getattr(r, key)} is not possible; give {least} or more')
+    for key, least in _LEAST.items(): _within(key, getattr(r, key), least <= getattr(r, key) < math.inf, f'{least} or more')
     for key, names in (('part_rates', r.part_rates), ('tuning.parts', getattr(r.tuning, 'parts', ()))):
         for name in names: _choose(key, name, PARTS)
     for name in r.report: _choose('report', name, TRACKERS)
     _check_numbers(r)
 
+def _within(key:str, value:Any, holds:bool, range_:str) -> None:
+    if not holds: raise RecipeError(f'{key}: {value} is not possible; give {range_}')
+
+def _above(key:str, value:float) -> None: _within(key, value, 0 < value < math.inf, 'more than 0')
+
+def _share(key:str, value:float) -> None: _within(key, value, 0 <= value < 1, '0 or more, and less than 1')
+
 def _check_numbers(r:Recipe) -> None:
-    if r.learning_rate <= 0: raise RecipeError(f'learning_rate: {r.learning_rate} is not possible; give more than 0')
-    if r.epochs <= 0: raise RecipeError(f'epochs: {r.epochs} is not possible; give more than 0')
-    if isinstance(r.tuning, Lora) and r.tuning.rank < 1: raise RecipeError(f'tuning.rank: {r.tuning.rank} is not possible; give 1 or more')
-    if isinstance(r.tuning, Full) and not r.tuning.parts: raise RecipeError(f'tuning.parts: nothing would be trained; name some of {", ".join(PARTS)}')
+    for key in ('learning_rate', 'epochs', 'epsilon'): _above(key, getattr(r, key))
+    for part, rate in r.part_rates.items(): _within(f'part_rates.{part}', rate, 0 <= rate < math.inf, '0 or more')
+    _within('betas', r.betas, len(r.betas) == 2, 'two numbers')
+    for value in r.betas: _share('betas', value)
+    _within('warmup', r.warmup, r.warmup < 1 or r.warmup == int(r.warmup), 'a share below 1, or a whole number of steps')
+    _within('seed', r.seed, r.seed < 2**32, 'less than 2**32')
+    if r.max_pixels: _within('min_pixels', r.min_pixels, r.min_pixels <= r.max_pixels, f'max_pixels ({r.max_pixels}) or less')
     if not r.data: raise RecipeError('data: a recipe needs at least one source')
+    for s in (*r.data, *r.eval_data): _above(f'rate of {s.task} {s.split}', s.rate)
+    _check_tuning(r.tuning)
     _check_cadence(r)
+
+def _check_tuning(t:Lora|Full) -> None:
+    if isinstance(t, Full):
+        if not t.parts: raise RecipeError(f'tuning.parts: nothing would be trained; name some of {", ".join(PARTS)}')
+        return None
+    _within('tuning.rank', t.rank, t.rank >= 1, '1 or more')
+    _above('tuning.alpha', t.alpha)
+    _share('tuning.dropout', t.dropout)
 
 def _check_cadence(r:Recipe) -> None:
     blind = not r.eval_data or r.eval_every == 'never'
@@ -148,14 +168,13 @@ def _check_cadence(r:Recipe) -> None:
         value = getattr(r, key)
         if value not in ('epoch', 'never') and not (isinstance(value, int) and value > 0):
             raise RecipeError(f'{key}: {value!r} is not possible; give a number of steps, epoch or never')
-    for s in (*r.data, *r.eval_data):
-        if s.rate <= 0: raise RecipeError(f'rate of {s.task} {s.split}: {s.rate} is not possible; give more than 0')
 
 # %% ../../nbs/train/recipe.ipynb #8b616af9
 def _number(kind:type, value:Any, key:str) -> Any:
     if isinstance(value, bool): raise RecipeError(f'{key}: {value!r} is not a number')
     try: number = float(value)
     except (TypeError, ValueError) as e: raise RecipeError(f'{key}: {value!r} is not a number') from e
+    if not math.isfinite(number): raise RecipeError(f'{key}: {value!r} is not a finite number')
     if kind is int and number != int(number): raise RecipeError(f'{key}: {value!r} is not a whole number')
     return kind(number)
 
@@ -269,16 +288,24 @@ def _chain(path:Path, seen:tuple[Path, ...]=()) -> tuple[dict[str, Any], dict[st
     return merged, {**{k: v for k, v in origins.items() if k not in gone}, **own_origins}
 
 # %% ../../nbs/train/recipe.ipynb #a1cee55e
-def _put(values:dict[str, Any], key:str, value:Any) -> None:
+def _put(values:dict[str, Any], key:str, value:Any, at:str='') -> None:
     head, _, rest = key.partition('.')
+    held, here = values.get(head), at + head
     if not rest: values[head] = value
-    elif isinstance(values.get(head), list):
-        number, _, deeper = rest.partition('.')
-        chosen = [values[head][int(number)]] if number.isdigit() and int(number) < len(values[head]) else values[head]
-        for item in chosen: _put(item, deeper if number.isdigit() else rest, value)
-    else:
-        values[head] = dict(values.get(head) or {})
-        _put(values[head], rest, value)
+    elif isinstance(held, list): _put_in_list(held, rest, value, here)
+    elif held is None or isinstance(held, Mapping):
+        values[head] = dict(held or {})
+        _put(values[head], rest, value, f'{here}.')
+    else: raise RecipeError(f'{here}.{rest}: {here} is {held!r} and has no keys of its own')
+
+def _put_in_list(held:list[Any], rest:str, value:Any, at:str) -> None:
+    number, _, deeper = rest.partition('.')
+    if not number.isdigit(): chosen, deeper = held, rest
+    elif int(number) < len(held): chosen = [held[int(number)]]
+    else: raise RecipeError(f'{at}.{rest}: there is no number {number}; {at} has {len(held)}, counted from 0')
+    for item in chosen:
+        if not deeper or not isinstance(item, Mapping): raise RecipeError(f'{at}.{rest}: name one key of a source, such as {at}.{number}.rate')
+        _put(item, deeper, value, f'{at}.')
 
 # %% ../../nbs/train/recipe.ipynb #f4cb5a30
 def _plain_tree(value:Any) -> Any:
@@ -291,7 +318,9 @@ def _plain_tree(value:Any) -> Any:
 def _make(values:dict[str, Any], origins:Mapping[str, str], overrides:Mapping[str, Any]) -> Recipe:
     import copy
     values = copy.deepcopy(values)
-    for key, value in overrides.items(): _put(values, key, _plain_tree(value))
+    for key, value in overrides.items():
+        if key.partition('.')[0] == 'sources': raise RecipeError(f'{key}: where values come from is said in a recipe file')
+        _put(values, key, _plain_tree(value))
     made = _build(Recipe, values, '')
     for s in (*made.data, *made.eval_data): _choose('task', s.task, _papers())
     return replace(made, sources={**origins, **dict.fromkeys(overrides, GIVEN)})
