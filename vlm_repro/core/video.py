@@ -250,7 +250,7 @@ def frame_times(
 
 def forget_indexes() -> None:
     "Drops what is remembered of files, so that the next reading of each takes as long as a first one."
-    _index.cache_clear()
+    _KNOWN.clear()
 
 # %% ../../nbs/core/video.ipynb #edf7151f
 SEEK_COST = 4.
