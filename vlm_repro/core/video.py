@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from operator import index as whole
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,10 +115,9 @@ class VideoIndex:
     keys: np.ndarray # indices of the frames that need no other
     tick: Fraction # seconds
     fps: float # average rate, as the file states it
-    size: tuple[int, int] # width and height as stored, pixels
-    turn: Image.Transpose | None # what makes it upright
     seconds: float # from the first frame to the end of the last
     missing: int # frames that the header promises and the file lacks
+    jumps: dict[int, int] = field(default_factory=dict) # the time to ask for to reach a key frame, in ticks, where it is not the frame's own
 
     def at(
         self,
@@ -163,15 +163,14 @@ class _Row(NamedTuple):
     key: bool # can be decoded by itself
     duration: int # of the frame; 0 = not said
 
-def _scan(path:Path, container:Any, stream:Any) -> tuple[list[_Row], Any, int]:
-    "The frames in the order of decoding, the first one decoded, and packets seen."
-    rows, first, n = [], None, 0
+def _scan(path:Path, container:Any, stream:Any) -> tuple[list[_Row], int]:
+    "The frames in the order of decoding, none of them decoded, and packets seen."
+    rows, n = [], 0
     for p in _packets(container, stream):
-        if first is None: first = next(iter(_decode(p) or ()), None)
         n += 1
         if p.pts is None: raise MediaError(path, 'has frames without time stamps; put it into an .mp4 or .mkv file')
         if not p.is_discard: rows.append(_Row(p.pts, p.pts if p.dts is None else p.dts, p.is_keyframe, p.duration or 0))
-    return rows, first or next(iter(stream.codec_context.decode(None)), None), n
+    return rows, n
 
 # %% ../../nbs/core/video.ipynb #5d8422aa
 def _end(rows:Sequence[_Row], stream:Any) -> float:
@@ -196,16 +195,16 @@ def _missing(rows:Sequence[_Row], n_packets:int, container:Any, stream:Any) -> i
 
 # %% ../../nbs/core/video.ipynb #8e113283
 def _index(path:Path, container:Any, stream:Any) -> VideoIndex:
-    rows, first, n = _scan(path, container, stream)
+    rows, n = _scan(path, container, stream)
     if not rows: raise MediaError(path, 'has a video stream without frames; fetch it again')
-    if first is None: raise MediaError(path, f'has {len(rows)} frames of {stream.codec_context.name}, none of which can be decoded; fetch it again')
     missing = _missing(rows, n, container, stream)
     sure = [r for r in rows if not missing or r.pts <= rows[-1].dts] or rows[:1]
     pts, places = np.unique([r.pts for r in sure], return_index=True)
     keys = np.flatnonzero([sure[i].key for i in places])
     seconds = _end(sure, stream)
-    return VideoIndex(pts, keys, stream.time_base, float(stream.average_rate or len(pts)/seconds), (first.width, first.height), _turn_of(first, path), seconds,
-                      missing and missing + len(rows) - len(sure))
+    # MP4 files look a time up among times of decoding, counted from the first one
+    jumps = {int(k): at for k in keys if (at := sure[places[k]].dts - rows[0].dts) > pts[k]} if 'mp4' in container.format.name else {}
+    return VideoIndex(pts, keys, stream.time_base, float(stream.average_rate or len(pts)/seconds), seconds, missing and missing + len(rows) - len(sure), jumps)
 
 _KNOWN:dict[tuple[Path, int, int], VideoIndex] = {} # by path, time of change and size
 _MANY = 64
@@ -227,18 +226,26 @@ def _known(path:Path, container:Any, stream:Any) -> tuple[VideoIndex, bool]:
 def video_index(
     path:str|Path, # a video file
 ) -> VideoIndex: # remembered until the file changes
-    "The time stamps and key frames of a video; raises MediaError for a file that is no video, is empty, or has no frame that can be decoded."
+    "The time stamps and key frames of a video, nothing decoded; raises MediaError for a file that is no video or is empty."
     path = Path(path)
     if (index := _KNOWN.get(_key(path))) is not None: return index
     with _opened(path) as opened: return _known(path, *opened)[0]
 
 # %% ../../nbs/core/video.ipynb #10c5ed76
+@lru_cache(maxsize=_MANY)
+def _upright(path:Path, changed:int, n_bytes:int) -> tuple[int, int]:
+    "Width and height of the first frame that can be decoded, as it is shown."
+    with _opened(path) as (container, stream):
+        first = next((frame for p in _packets(container, stream) for frame in _decode(p) or ()), None) or next(iter(stream.codec_context.decode(None)), None)
+        if first is None: raise MediaError(path, f'has {len(video_index(path).pts)} frames of {stream.codec_context.name}, none of which can be decoded; fetch it again')
+        return (first.height, first.width) if _turn_of(first, path) in _QUARTERS else (first.width, first.height)
+
 def video_info(
     path:str|Path, # a video file
 ) -> VideoInfo:
-    "A video in numbers; raises MediaError as `video_index` does."
+    "A video in numbers; raises MediaError as `video_index` does, and where no frame can be decoded."
     v = video_index(path)
-    width, height = v.size[::-1] if v.turn in _QUARTERS else v.size
+    width, height = _upright(*_key(Path(path)))
     return VideoInfo(len(v.pts), v.fps, width, height, v.seconds, v.missing)
 
 def frame_times(
@@ -301,13 +308,10 @@ class _Astray(Exception):
     "A jump that did not land on a key frame."
 
 def _jump(container:Any, stream:Any, index:VideoIndex, start:int) -> Iterator[Any]:
-    "The packets from a key frame on; where asking for its time leads to the key frame before, asking for the moment before the next frame may not."
-    moments = [int(index.pts[start]), *(int(t) - 1 for t in index.pts[start + 1:start + 2])]
-    for at in (*moments, moments[0]):
-        container.seek(at, stream=stream)
-        packets = _packets(container, stream)
-        first = next(packets, None)
-        if first is not None and first.pts == index.pts[start]: break
+    "The packets from a key frame on."
+    container.seek(index.jumps.get(start, int(index.pts[start])), stream=stream)
+    packets = _packets(container, stream)
+    first = next(packets, None)
     if first is None or not first.is_keyframe or first.pts is None or first.pts > index.pts[start]: raise _Astray
     yield first
     yield from packets
@@ -335,13 +339,13 @@ def _run_frames(container:Any, stream:Any, index:VideoIndex, run:Run, moved:bool
         if not left: break
     yield from sound(context.decode(None))
 
-def _gather(container:Any, stream:Any, index:VideoIndex, runs:Sequence[Run], moved:bool) -> dict[int, Image.Image]:
+def _gather(path:Path, container:Any, stream:Any, index:VideoIndex, runs:Sequence[Run], moved:bool) -> dict[int, Image.Image]:
     "The wanted frames that can be had, upright; `moved` says that the file does not stand at its beginning."
     found = {}
     for run in runs:
         for i, frame in _run_frames(container, stream, index, run, moved):
-            image = Image.fromarray(frame.to_ndarray(format='rgb24', threads=1))
-            found[i] = image if index.turn is None else image.transpose(index.turn)
+            image, turn = Image.fromarray(frame.to_ndarray(format='rgb24', threads=1)), _turn_of(frame, path)
+            found[i] = image if turn is None else image.transpose(turn)
         moved = True
     return found
 
@@ -358,11 +362,11 @@ def _exactly(path:Path, wanted:Sequence[int], how:str) -> dict[int, Image.Image]
         index, moved = _known(path, *opened)
         _there(path, index, wanted)
         runs = plan_reads(wanted, index.keys, _COSTS[how])
-        try: found = _gather(*opened, index, runs, moved)
+        try: found = _gather(path, *opened, index, runs, moved)
         except _Astray: found = {}
     left = [i for i in wanted if i not in found]
     if not left or not (moved or any(run.start for run in runs)): return found
-    with _opened(path) as opened: return {**found, **_gather(*opened, index, plan_reads(left, index.keys, _COSTS['linear']), False)}
+    with _opened(path) as opened: return {**found, **_gather(path, *opened, index, plan_reads(left, index.keys, _COSTS['linear']), False)}
 
 def check_frames(
     path:str|Path, # a video file
@@ -391,5 +395,6 @@ def read_frames(
     if how == 'decord': check_frames(path, wanted)
     found = _by_decord(path, wanted) if how == 'decord' else _exactly(path, wanted, how)
     lost = [i for i in wanted if i not in found]
+    if lost and not found: video_info(path)  # says so where no frame at all can be decoded
     if lost: raise MediaError(path, f'frame {lost[0]} cannot be decoded ({len(lost)} of the {len(wanted)} asked for): the file is damaged; fetch it again')
     return [found[i] for i in indices]
