@@ -177,7 +177,7 @@ def _keep(run:RunFolder, item:Prepared, made:Sequence[Generation], seconds:float
     timing = {'ids': [g.id for g in made], 'n': len(made), 'seconds': round(item.seconds + seconds, 4), 'prepare_s': round(item.seconds, 4), 'n_prompt': sum(g.n_prompt for g in made),
               'n_visual': sum(g.n_visual for g in made), 'n_new': sum(g.n_new for g in made), 'steps': max(g.n_new for g in made)}
     run.append('predictions', map(to_row, made))
-    run.append('timings', [timing])
+    run.append('timings', [timing], force=False)
     return made, timing
 
 # %% ../../nbs/core/generate.ipynb #6a3260d3
