@@ -48,7 +48,7 @@ def pin_value(
     if old != new: run.write_text(name, json.dumps(new, ensure_ascii=False, sort_keys=True, indent=2) + '\n')
 
 # %% ../../nbs/core/pins.ipynb #75e20f30
-CARRIED_OUT = ('device', 'key', 'timeout', 'concurrency', 'max_retries', 'answered_by')
+CARRIED_OUT = ('device', 'key', 'timeout', 'concurrency', 'max_retries', 'answered_by', 'shared_prefixes')
 
 def pin_model(
     run:RunFolder, # locked by this process

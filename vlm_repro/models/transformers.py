@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/models/transformers.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'checkpoint_folder', 'require_files', 'read_config', 'has_eyes', 'pick_device', 'pick_dtype', 'load_net',
-           'greedy', 'add_adapter', 'weights_digest', 'TransformersModel', 'load_transformers']
+           'greedy', 'add_adapter', 'weights_digest', 'TransformersModel', 'inputs_of', 'load_transformers']
 
 # %% ../../nbs/models/transformers.ipynb #c169406e
 import hashlib
@@ -28,6 +28,7 @@ from .convert_config import is_original
 from .inputs import Encoded, Preparer, VisualCounter, collate, encode, image_settings, load_preparer, measure, render, set_budget, tokenizer_of
 from .prefix import prefix_keys
 from .protocol import Lengths, ModelError, Prepared, Spec, tiny_checkpoint
+from .sharing import Reader, end_tokens, why_not
 
 # %% ../../nbs/models/transformers.ipynb #7f627647
 _PATTERNS, _TWICE = ['*.json', '*.safetensors', '*.jinja', '*.txt', '*.model'], ['consolidated*', '*/*.safetensors']
@@ -158,9 +159,14 @@ def add_adapter(
     folder:Path, # of the PEFT adapter
 ) -> torch.nn.Module: # the model with the adapter in place
     "Put a PEFT adapter on a model; raises ModelError if any of its tensors found no place."
+    import warnings
+
     import peft
     if not (folder/'adapter_config.json').is_file(): raise ModelError(f'{folder} has no adapter_config.json: it is not a PEFT adapter')
-    try: wrapped = peft.PeftModel.from_pretrained(net, folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '.is_gradient_checkpointing. is deprecated', FutureWarning)  # PEFT asks for it by its old name
+            wrapped = peft.PeftModel.from_pretrained(net, folder)
     except (ValueError, RuntimeError) as e: raise ModelError(f'{folder} does not fit this model: {e}') from e
     file, held = peft.load_peft_weights(str(folder), device='cpu'), peft.get_peft_model_state_dict(wrapped)
     lost = [k for k, v in file.items() if k not in held or not torch.equal(held[k].cpu().float(), v.float())]
@@ -199,6 +205,7 @@ class TransformersModel:
     record: dict[str, Any] # what `describe` gives
     workers: int = 1 # threads that decode images
     counter: VisualCounter | None = None # None for a model without eyes
+    reader: Reader | None = None # None where every prompt is read by itself
 
     def describe(self) -> dict[str, Any]:
         "Classes, precision, device, decoding, digests; for the manifest."
@@ -247,14 +254,18 @@ class TransformersModel:
     def prefix_keys(
         self,
         request:Request, # one request
-    ) -> tuple[str, ...]: # ever longer
+    ) -> tuple[str, ...]: # ever longer; empty where prompts share nothing
         "Names of the leading parts that another request may share; see `models.prefix`."
-        return prefix_keys(request.messages)
+        return prefix_keys(request.messages) if self.reader else ()
+
+    def reused(self) -> dict[str, int]: # empty where prompts share nothing
+        "What was asked of this model so far, and how much of it had to be computed; see `models.sharing`."
+        return self.reader.report() if self.reader else {}
 
 # %% ../../nbs/models/transformers.ipynb #c43a631d
 def _encode(self:TransformersModel, request:Request) -> Encoded | Generation:
     "A request as tensors, or why it cannot be asked."
-    try: return encode(self.preparer, request.messages, self.workers)
+    try: return self.reader.encode(self.preparer, request.messages, self.workers) if self.reader else encode(self.preparer, request.messages, self.workers)
     except MediaError as error: return failed(request.id, 'media', str(error))
     except ValueError as error: return failed(request.id, 'media', f'the processor refused this request: {error}')
 
@@ -268,16 +279,30 @@ def _fitting(self:TransformersModel, request:Request, e:Encoded | Generation, ma
 TransformersModel._encode, TransformersModel._fitting = _encode, _fitting
 
 # %% ../../nbs/models/transformers.ipynb #fea152da
+def inputs_of(
+    model:TransformersModel, # any
+    batch:Sequence[Encoded], # requests
+) -> dict[str, torch.Tensor]: # on the model's device, in its precision
+    "A padded batch as `generate` of the network takes it."
+    return {k: v.to(model.net.device, model.net.dtype if v.is_floating_point() else None) for k, v in collate(batch, model.decoding.pad_token_id).items()}
+
+def _penalties(self:TransformersModel, mask:torch.Tensor) -> dict[str, Any]:
+    "A penalty on repeated tokens that leaves padding out: an answer must not depend on how much there is."
+    penalty = self.decoding.repetition_penalty
+    if penalty in (None, 1.): return {}
+    return {'repetition_penalty': 1., 'logits_processor': [hf.RepetitionPenaltyLogitsProcessor(penalty, mask.shape[1] - mask.sum(1))]}
+
 def _new_tokens(self:TransformersModel, batch:Sequence[Encoded], max_new_tokens:int) -> list[list[int]]:
-    "The new ids of each row, padding included."
-    inputs = {k: v.to(self.net.device, self.net.dtype if v.is_floating_point() else None)
-              for k, v in collate(batch, self.decoding.pad_token_id).items()}
-    with torch.inference_mode(): out = self.net.generate(**inputs, max_new_tokens=max_new_tokens)
+    "The new ids of each row; padding may follow the end."
+    with torch.inference_mode():
+        if self.reader: return self.reader.write(batch, max_new_tokens)
+        inputs = inputs_of(self, batch)
+        out = self.net.generate(**inputs, max_new_tokens=max_new_tokens, **_penalties(self, inputs['attention_mask']))
     return out[:, inputs['input_ids'].shape[1]:].tolist()
 
 def _finish(self:TransformersModel, request:Request, e:Encoded, ids:list[int]) -> Generation:
     "One row cut at its own end."
-    ends = self.decoding.eos_token_id if isinstance(self.decoding.eos_token_id, list) else [self.decoding.eos_token_id]
+    ends = end_tokens(self.decoding)
     stop = next((i for i, t in enumerate(ids) if t in ends), None)
     kept = ids if stop is None else ids[:stop + 1]
     text = tokenizer_of(self.preparer).decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -293,6 +318,7 @@ def _answer(self:TransformersModel, asked:Sequence[tuple[Request, Encoded]], max
     try: rows = self._new_tokens([e for _, e in asked], max_new_tokens)
     except torch.OutOfMemoryError as error: rows, why = None, str(error).split('. ')[0]
     if rows is not None: return [self._finish(r, e, ids) for (r, e), ids in zip(asked, rows)]
+    if self.reader: self.reader.clear()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     if len(asked) == 1:
         (r, e), = asked
@@ -340,8 +366,11 @@ def load_transformers(
     image_backend:str='auto', # one of `IMAGE_BACKENDS`
     repetition_penalty:float=1.0, # 1 = none
     workers:int=1, # threads that decode images
+    share_prefixes:bool=True, # read what prompts begin with once, where the class allows it; changes no answer in float32
+    cache_mb:int=1024, # limit of each of three memories: prepared pixels, image features, keys and values of beginnings
 ) -> TransformersModel:
     "A checkpoint that answers requests; raises ModelError saying what is missing or cannot be."
+    if cache_mb < 0: raise ModelError(f'cache_mb={cache_mb}: a limit in MiB, 0 or more')
     folder = tiny_checkpoint(spec.name) if spec.kind == 'tiny' else checkpoint_folder(spec.name, revision, trust_remote_code)
     config = read_config(folder, trust_remote_code)
     eyes = has_eyes(config)
@@ -358,5 +387,7 @@ def load_transformers(
     if adapter:
         place = checkpoint_folder(adapter)
         net, more['adapter'] = add_adapter(net, place), weights_digest(place)
-    return TransformersModel(spec.given, net, preparer, decoding, more['max_model_len'], _describe(net, preparer, folder, **more),
-                             workers, VisualCounter(preparer) if eyes else None)
+    against = why_not(net) if share_prefixes else 'not asked for'
+    record = _describe(net, preparer, folder, **more, shared_prefixes=f'no: {against}' if against else 'yes')
+    return TransformersModel(spec.given, net, preparer, decoding, more['max_model_len'], record, workers, VisualCounter(preparer) if eyes else None,
+                             None if against else Reader(net, decoding, cache_mb*2**20))
