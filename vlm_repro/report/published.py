@@ -226,6 +226,10 @@ def compare_values(
     return 'not reproduced', f'{says}: {gap:.2f} apart and outside {within}'
 
 # %% ../../nbs/report/published.ipynb #b484831d
+def _said(published:Published | None) -> str:
+    "What the source says of a cell that has no value."
+    return f': {published.source}' if published and published.value is None and published.source else ''
+
 def verdict(
     cell:Cell | None, # ours
     published:Published | None, # the paper's
@@ -233,11 +237,11 @@ def verdict(
     margin:float=1., # m, in the unit of the cells
 ) -> Verdict: # with one of `STATUSES`
     "The verdict on one cell, by the rule above (source: ours)."
-    if cell is None: return Verdict(cell, published, 'not run', 'no run of ours fills this cell')
+    if cell is None: return Verdict(cell, published, 'not run', 'no run of ours fills this cell' + _said(published))
     if cell.value is None: return Verdict(cell, published, 'not run', f'none of {cell.n_failed} samples could be scored')
     if run.data != 'paper':
         return Verdict(cell, published, 'cannot be judged', f"the data are not the paper's ({run.data}): such a number is never compared")
-    if published is None or published.value is None: return Verdict(cell, published, 'no published value', 'the published table has no value here')
+    if published is None or published.value is None: return Verdict(cell, published, 'no published value', 'the published table has no value here' + _said(published))
     if why := obstacles(cell, published, run): return Verdict(cell, published, 'cannot be judged', '; '.join(why))
     return Verdict(cell, published, *compare_values(cell, published, margin))
 
@@ -252,13 +256,18 @@ class Verdicts(list[Verdict]):
 
     def __repr__(self) -> str: return self._repr_markdown_()
 
-    def _repr_markdown_(self) -> str:
-        shown = [v for v in self if v.status != 'not run']
+    def _repr_markdown_(self) -> str: return self.markdown()
+
+    def markdown(self,
+        not_run:bool=False, # list the published cells that were not run too
+    ) -> str: # a table
+        "The verdicts in words."
+        shown = [v for v in self if not_run or v.status != 'not run']
         head = ', '.join(f'{n} {s}' for s, n in self.counts.items()) or 'no cells'
-        rows = [[(v.cell or v.published).row, (v.cell or v.published).column, v.cell.text if v.cell else '–',
+        rows = [[*([(v.cell or v.published).table]*not_run), (v.cell or v.published).row, (v.cell or v.published).column, v.cell.text if v.cell else '–',
                  '–' if v.published is None or v.published.value is None else f'{v.published.value:.{v.published.decimals}f}',
                  v.status, v.reason] for v in shown]
-        return f'**Verdicts**: {head}\n\n' + (_markdown(['row', 'column', 'ours', 'published', 'verdict', 'why'], rows) if rows else '')
+        return f'**Verdicts**: {head}\n\n' + (_markdown([*(['table']*not_run), 'row', 'column', 'ours', 'published', 'verdict', 'why'], rows) if rows else '')
 
 def verdicts(
     cells:Iterable[Cell], # ours: one metric, one variant, one kind of cluster
