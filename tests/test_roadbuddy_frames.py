@@ -11,7 +11,7 @@ from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageP
 
 from vlm_repro.core.media import MediaError
 from vlm_repro.core.parts import open_parts
-from vlm_repro.core.video import write_clip
+from vlm_repro.core.video import video_info, write_clip
 from vlm_repro.models.families import random_checkpoint
 from vlm_repro.models.inputs import encode, image_settings, load_preparer
 from vlm_repro.models.tiling import IMAGENET_MEAN, IMAGENET_STD, tile_pixels
@@ -118,3 +118,14 @@ def test_the_manifest_names_the_resizer(tmp_path, clip):
     assert [s[0]['backend'] for s in seen.values()] == ['pil', 'torchvision'] and seen['pil'][0]['class'] != seen['torchvision'][0]['class']
     assert seen['pil'][1].shape == seen['torchvision'][1].shape and torch.isfinite(seen['pil'][1]).all()
     assert type(AutoImageProcessor.from_pretrained(folder, backend='pil')).__name__ == seen['pil'][0]['class']
+
+
+def test_times_of_a_variable_rate_are_those_of_the_file(tmp_path):
+    "20 frames at a tenth of a second, then 20 at half a second: the indices are the published ones, the times are when the frames are shown."
+    times = [i*.1 if i < 20 else 2 + (i - 20)*.5 for i in range(40)]
+    clip = write_clip(tmp_path/'vfr.mp4', [np.full((48, 64, 3), 6*i, np.uint8) for i in range(40)], 10., times=times)
+    info = video_info(clip)
+    for policy in ON_DECODE_ERROR:
+        plan = plan_clip(clip, [1.], on_decode_error=policy)
+        assert plan.indices == plan_frames(info.frames, info.fps, [1.]).indices and plan.seconds == info.seconds == pytest.approx(12., abs=.5)
+        assert plan.times == pytest.approx([times[i] for i in plan.indices], abs=1e-3) and plan.times != pytest.approx([i/info.fps for i in plan.indices], abs=.05)

@@ -20,7 +20,7 @@ import numpy as np
 from ..core.assets import asset
 from ..core.media import MediaError
 from ..core.tasks import one_of
-from ..core.video import read_frames, video_info
+from ..core.video import frame_times, read_frames, video_info
 
 # %% ../../nbs/roadbuddy/frames.ipynb #1f0a1fc1
 def frame_count(
@@ -96,7 +96,7 @@ class FramePlan:
     "The frames of one question."
     indices: tuple[int, ...] # in the order shown; none when blank
     window: tuple[float, float] | None # seconds; None for the whole clip
-    times: tuple[float, ...] # seconds of the frames, at the clip's average rate
+    times: tuple[float, ...] # seconds of the frames: as the clip's file has them, or at its average rate where only that is known
     support: tuple[float, ...] = () # seconds of the marks
     seconds: float = 0. # of the clip
     mode: str = 'support' # one of `MODES`
@@ -181,13 +181,16 @@ def plan_clip(
     context:float=.5, # seconds around the marks
     mode:str='support', # one of `MODES`
     on_decode_error:str='clamp', # one of `ON_DECODE_ERROR`
+    decode:bool=True, # under `blank`, find out now whether the frames can be decoded
 ) -> FramePlan: # frames that the clip has, or blank
     "The frames of a question in its clip; raises MediaError for a clip that cannot be read, and for a missing file under every policy."
     one_of('on_decode_error', on_decode_error, ON_DECODE_ERROR)
     try:
         info = video_info(path)
         plan = settle(plan_frames(info.frames, info.fps, support, min_frames, max_frames, context, mode), info.frames, on_decode_error, path)
-        if on_decode_error == 'blank': read_frames(path, plan.indices)
+        shown = frame_times(path)
+        plan = replace(plan, times=tuple(float(shown[i]) for i in plan.indices), seconds=info.seconds)
+        if on_decode_error == 'blank' and decode: read_frames(path, plan.indices)
     except MediaError:
         if on_decode_error != 'blank' or not Path(path).exists(): raise
         return blank_plan()

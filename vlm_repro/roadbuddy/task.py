@@ -6,27 +6,30 @@ Docs: https://vlm-repro.github.io/vlm_repro/roadbuddy/task.html.md"""
 
 # %% auto #0
 __all__ = ['PARTS', 'WORLD_SEED', 'WORLD_SIZE', 'task', 'RoadBuddySettings', 'prompt_settings', 'data_folder', 'whole_part',
-           'load_questions', 'plan_of', 'ask_about', 'render_questions', 'training_examples', 'training_recipe',
-           'extract_answers', 'score_answers', 'reduce_scores', 'claim', 'paper_table', 'write_published_files']
+           'load_questions', 'plan_of', 'ask_about', 'render_questions', 'planning_seconds', 'training_examples',
+           'training_recipe', 'extract_answers', 'score_answers', 'reduce_scores', 'claim', 'paper_table',
+           'write_published_files']
 
 # %% ../../nbs/roadbuddy/task.ipynb #2114a6c6
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.jsonl import DataError
 from ..core.media import MediaError, resolve
 from ..core.records import Answer, Generation, Request, Sample, Score, from_row
 from ..core.runs import RunFolder
-from ..core.tasks import Dataset, Task, one_of
-from ..core.video import video_info
+from ..core.tasks import Dataset, Task, data_of, one_of
+from ..core.video import forget_indexes, video_info
 from ..report.published import Cells, Eligibility, Published, load_published
 from .annotations import letter_of, support_of
-from .data import SPLITS, choose, load
+from .data import SPLITS, choose, find_file, load
 from .extract import PARSERS, extract
-from .frames import MODES, ON_DECODE_ERROR, FramePlan, plan_clip, plan_frames
+from .frames import MODES, ON_DECODE_ERROR, FramePlan, blank_plan, plan_clip, plan_frames
 from .prompt import PromptSettings, render
-from .score import measure, row_name, table_cells
+from .score import CHECKPOINTS, measure, row_name, table_cells
 from .splits import GROUPS, split_samples
 from .upstream import write_upstream
 from .world import Size, build_world, default_world
@@ -104,7 +107,8 @@ def whole_part(
     found = load(data_folder(settings), 'train' if part == 'val' else part)
     if part not in ('train', 'val'): return found
     samples = split_samples(found.samples, settings.split_by, seed=settings.seed)[part]
-    about = {**found.identity, 'split': part, 'split_by': settings.split_by, 'n': len(samples)}
+    counts = {'n': len(samples), 'clips': len({s.meta['clip'] for s in samples}), 'sources': len({s.meta['source'] for s in samples})}
+    about = {**found.identity, 'split': part, 'split_by': settings.split_by, **counts}
     return replace(found, samples=samples, identity=about)
 
 def load_questions(
@@ -120,11 +124,12 @@ def plan_of(
     sample:Sample, # a question about a clip
     root:str|Path, # the folder that its clip hangs off
     settings:RoadBuddySettings, # how frames are chosen
+    decode:bool=True, # where an empty picture would stand for a clip, find out now whether its frames can be decoded
 ) -> FramePlan: # frames that cannot be had are left in it, so that asking for them fails
     "The frames that a question is asked with."
     path, marks = resolve(root, sample.media[0].path), support_of(sample)
     limits = (settings.min_frames, settings.max_frames, settings.context, settings.frames)
-    try: return plan_clip(path, marks, *limits, settings.on_decode_error)
+    try: return plan_clip(path, marks, *limits, settings.on_decode_error, decode)
     except MediaError:
         try: info = video_info(path)
         except MediaError: return FramePlan((0,), None, (0.,), tuple(marks))
@@ -145,28 +150,59 @@ def render_questions(
     "The chat messages of every question."
     return [ask_about(s, data.frames, settings) for s in data.samples]
 
+# %% ../../nbs/roadbuddy/task.ipynb #084c3888
+def planning_seconds(
+    samples:Sequence[Sample], # of a run
+    root:str|Path, # the folder that their clips hang off
+    settings:RoadBuddySettings, # how frames are chosen
+) -> dict[str, float]: # question to seconds; those whose clip is not there are left out
+    "How long it takes to open each question's clip and to plan its frames."
+    out = {}
+    for sample in samples:
+        if not resolve(root, sample.media[0].path).is_file(): continue
+        forget_indexes()
+        start = time.perf_counter()
+        plan_of(sample, root, settings)
+        out[sample.id] = time.perf_counter() - start
+    return out
+
 # %% ../../nbs/roadbuddy/task.ipynb #134e9fa9
 def training_examples(
     settings:RoadBuddySettings, # which data, and how a question is shown
     split:str, # `train` or `val`
 ) -> 'Sequence[Example]': # in order
-    "The training conversations: the question as it is asked, and the letter of the right choice."
+    "The training conversations: the question as it is asked, and the letter of the right choice; no frame is decoded for them."
     from vlm_repro.train.render import Example
     one_of('split', split, ('train', 'val'))
     whole = whole_part(settings, split)
     data = replace(whole, samples=choose(whole.samples, settings.limit, settings.seed))
-    return [Example(s.id, [*r.messages, {'role': 'assistant', 'content': [{'type': 'text', 'text': letter_of(s.gold)}]}])
-            for s, r in zip(data.samples, render_questions(data, settings), strict=True)]
+    def told(s:Sample, plan:FramePlan) -> list[dict[str, Any]]:
+        return [*render(s, data.frames, prompt_settings(settings), plan).messages, {'role': 'assistant', 'content': [{'type': 'text', 'text': letter_of(s.gold)}]}]
+    def otherwise(s:Sample) -> list[dict[str, Any]]|None: # a clip that is not there at all is no broken one
+        return told(s, blank_plan()) if settings.on_decode_error == 'blank' and resolve(data.frames, s.media[0].path).is_file() else None
+    return [Example(s.id, told(s, plan_of(s, data.frames, settings, decode=False)), otherwise(s)) for s in data.samples]
 
 _SHARED = ('split_by', 'seed', 'frames', 'min_frames', 'max_frames', 'context', 'on_decode_error', *(f.name for f in fields(PromptSettings)))
+
+def _recipe(settings:RoadBuddySettings) -> 'Recipe':
+    from vlm_repro.train.paper import paper_recipe
+    shown = {name: getattr(settings, name) for name in _SHARED}
+    return paper_recipe('roadbuddy', settings.recipe, settings.model, {'data_root': settings.data_root, **shown})
+
+def _cut_alike(recipe:'Recipe', max_tiles:int) -> 'Recipe':
+    "The recipe, with the tiles that questions are asked with; a processor that cuts no tiles has none to set."
+    from vlm_repro.train.recipe import change
+    from vlm_repro.train.setup import load_processor
+    images = getattr(load_processor(recipe), 'image_processor', None)
+    if not getattr(images, 'max_patches', None) or images.max_patches == max_tiles: return recipe
+    pixels = max_tiles*images.size['height']*images.size['width']
+    return change(recipe, max_pixels=pixels) if recipe.max_pixels != pixels else recipe
 
 def training_recipe(
     settings:RoadBuddySettings, # of a run that tunes
 ) -> 'Recipe': # checked
-    "The recipe of a run on the run's own model, data and form of question; raises RecipeError for one that does not exist, with near names."
-    from vlm_repro.train.paper import paper_recipe
-    shown = {name: getattr(settings, name) for name in _SHARED}
-    return paper_recipe('roadbuddy', settings.recipe, settings.model, {'data_root': settings.data_root, **shown})
+    "The recipe of a run on the run's own model, data, tiles and form of question; raises RecipeError for one that does not exist, with near names."
+    return _cut_alike(_recipe(settings), settings.max_tiles)
 
 # %% ../../nbs/roadbuddy/task.ipynb #f2cd39a7
 def extract_answers(
@@ -193,8 +229,13 @@ def reduce_scores(
     settings:RoadBuddySettings, # names the row, seeds the bootstrap
 ) -> Cells: # overall, by right letter, by number of choices
     "The table of a run."
-    tuned = 'finetuned' if settings.tunes or settings.adapter else ''
-    return table_cells(samples, scores, row_name(settings.model, tuned), seed=settings.seed)
+    return table_cells(samples, scores, row_name(settings.model, _training_said(settings)), seed=settings.seed, part=settings.split)
+
+def _training_said(settings:RoadBuddySettings) -> str:
+    "How the published rows would name the training: by its epochs, which an adapter does not tell."
+    if not settings.tunes: return 'finetuned' if settings.adapter else ''
+    recipe = _recipe(settings)
+    return 'finetuned' if recipe.max_steps else f'finetuned, {recipe.epochs:g} epoch' + 's'*(recipe.epochs != 1)
 
 # %% ../../nbs/roadbuddy/task.ipynb #df86b84e
 def claim(
@@ -206,7 +247,7 @@ def claim(
     data = 'world' if identity['frames'] == 'world' else 'missing' if identity['frames'] == 'absent' else 'paper' if identity['official'] else 'changed'
     part = f"{identity['split']}, by {settings.split_by}, seed {settings.seed}" if settings.split in ('train', 'val') else identity['split']
     some = '' if identity['asked'] == identity['n'] else f", {identity['asked']} of {identity['n']} questions"
-    return Eligibility(data, part + some, settings.model, '', provenances[0] if len(provenances) == 1 else 'ours')
+    return Eligibility(data, part + some, CHECKPOINTS.get(settings.model, settings.model), '', provenances[0] if len(provenances) == 1 else 'ours')
 
 def paper_table(
     settings:RoadBuddySettings, # may name a CSV of the reader's
@@ -216,12 +257,21 @@ def paper_table(
 
 def write_published_files(
     run:RunFolder, # locked, scored
-    settings:RoadBuddySettings, # not needed
+    settings:RoadBuddySettings, # say where the clips are, and whether the whole file was asked
 ) -> Path: # the folder `upstream` in the run folder
-    "Writes results, submission and times in the published form."
+    "Writes results, submission and times in the published form; a run on a whole test file leaves a row for each of its questions."
     asked = {row['id']: from_row(Sample, row) for row in run.rows('samples')}
     answers = [from_row(Answer, row) for row in run.rows('answers')]
-    return write_upstream(run, [asked[a.id] for a in answers], answers)
+    identity = data_of(run)['identity']
+    whole = settings.split not in ('train', 'val') and identity['asked'] == identity['n']
+    planning = planning_seconds(list(asked.values()), _clips(settings), settings)
+    return write_upstream(run, [asked[a.id] for a in answers], answers, planning, identity.get('absent', {}) if whole else {})
+
+def _clips(settings:RoadBuddySettings) -> Path:
+    "The folder that clips hang off, or where it would be: a run that is scored again needs none."
+    split = 'train' if settings.split == 'val' else settings.split
+    try: return find_file(data_folder(settings), split)[1]
+    except DataError: return data_folder(settings)
 
 # %% ../../nbs/roadbuddy/task.ipynb #a57b17d3
 task = Task(

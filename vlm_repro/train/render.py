@@ -17,6 +17,7 @@ from itertools import groupby
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..core.media import MediaError
 from ..core.records import Messages
 from ..models.inputs import Encoded, Preparer, VisualCounter, encode, image_parts, image_token_id, measure, render, tokenizer_of
 from ..models.protocol import Lengths
@@ -27,6 +28,7 @@ class Example:
     "One training conversation (source: ours)."
     id: str # stable and unique
     messages: Messages # ends with an assistant turn
+    otherwise: Messages|None = None # the conversation instead, where a picture of `messages` turns out to be unreadable; None to lose the example
 
 class Dropped(ValueError):
     "An example that cannot be trained on as it is; `id` and `why` say which and why."
@@ -197,7 +199,13 @@ def render_example(
     mask:str='answer', # one of `MASKS`
     max_length:int|None=None, # tokens; a longer example is dropped, never cut
 ) -> Rendered: # tensors of this example alone
-    "The inference prompt, the answer, its end mark, and the labels; raises Dropped, MediaError for an unusable image, TemplateError."
+    "The inference prompt, the answer, its end mark, and the labels; raises Dropped, MediaError for an unusable image and nothing to show instead, TemplateError."
+    try: return _rendered(preparer, example, mask, max_length)
+    except MediaError:
+        if example.otherwise is None: raise
+        return _rendered(preparer, Example(example.id, example.otherwise), mask, max_length)
+
+def _rendered(preparer:Preparer, example:Example, mask:str, max_length:int|None) -> Rendered:
     rule = get_mask(mask)
     behind, supervised = _closing(preparer, example, rule)
     prompt = _prompt(preparer, example)
@@ -248,7 +256,7 @@ def measure_example(
     counter:VisualCounter, # remembers the sizes it has seen
     mask:str='answer', # one of `MASKS`
 ) -> Lengths: # exact
-    "The length `render_example` will give, no image decoded; raises Dropped, MediaError, TemplateError as it does."
+    "The length `render_example` will give if every image can be decoded, none decoded here; raises Dropped, MediaError, TemplateError as it does."
     behind, _ = _closing(preparer, example, get_mask(mask))
     if image_parts(example.messages) and preparer is tokenizer_of(preparer): raise Dropped(example.id, 'it has images, and the model has no eyes')
     prompt = measure(preparer, example.messages[:-1], counter)
