@@ -89,13 +89,23 @@ def _rows(path: Path) -> int:
     return path.read_bytes().count(b'\n') if path.exists() else 0
 
 
+def _parents() -> dict[int, int]:
+    """Every process of this machine with its parent, read at once: between two looks a batch can be over."""
+    found = {}
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        try: found[int(stat.parent.name)] = int(stat.read_text().rpartition(')')[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError): continue
+    return found
+
+
 def _children(pid: int) -> list[int]:
-    listed = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(pid)], capture_output=True, text=True).stdout.split()
-    return [int(p) for p in listed]
+    return [p for p, parent in _parents().items() if parent == pid]
 
 
-def _tree(pid: int) -> list[int]:
-    return [pid, *(q for p in _children(pid) for q in _tree(p))]
+def _below(pid: int) -> list[int]:
+    parents, found = _parents(), [pid]
+    for p in found: found += [q for q, parent in parents.items() if parent == p]
+    return found[1:]
 
 
 # ---- dealing
@@ -283,9 +293,9 @@ def test_trouble_names_rank_sample_and_what_it_said(tmp_path):
 def test_killed_launcher_then_killed_rank_then_alone(world, whole, tmp_path):
     out = tmp_path/'run'
     launcher = _launch(world, out, 3)
-    _until(lambda: sum(_rows(out/f'predictions-{r}of3.jsonl') for r in range(3)) >= 6, launcher)
-    everybody = [p for p in _tree(launcher.pid) if p != launcher.pid]
-    assert len(everybody) >= 7  # torchrun, three supervisors, three workers
+    _until(lambda: sum(_rows(out/f'predictions-{r}of3.jsonl') for r in range(3)) >= 2, launcher)
+    everybody = _below(launcher.pid)
+    assert len(everybody) >= 3  # torchrun, a supervisor and its worker at least
     launcher.kill()
     launcher.wait()
     kept = {p.name: p.read_bytes() for p in out.glob('predictions-*.jsonl')}
@@ -294,7 +304,7 @@ def test_killed_launcher_then_killed_rank_then_alone(world, whole, tmp_path):
     assert not [p for p in everybody if alive(p)], 'workers outlived the process that waited for them'
     for rank in range(3): open_shard(out, rank, 3, wait_s=0).close()
     after_kill = len(_lines(out))
-    assert 6 <= after_kill < len(whole)
+    assert 2 <= after_kill < len(whole)
 
     launcher = _launch(world, out, 2)
     _until(lambda: _rows(out/'predictions-1of2.jsonl') >= 2, launcher)
@@ -333,34 +343,43 @@ def test_a_killed_supervisor_does_not_stop_the_others(world, whole, tmp_path):
     assert done.returncode == 0 and _lines(out) == whole
 
 
-@pytest.mark.slow
-def test_a_full_disk_on_one_rank(world, whole, tmp_path):
-    out, disk = tmp_path/'run', tmp_path/'disk'
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A folder with room for one page; None where nothing can be mounted."""
+    disk = tmp_path/'disk'
     disk.mkdir()
     mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4k', 'none', str(disk)], capture_output=True).returncode == 0
-    try:
-        if mounted:
-            out.mkdir()
-            (out/'predictions-1of2.jsonl').symlink_to(disk/'shard')
-        launcher = _launch(world, out, 2)
-        if not mounted:
-            _until(lambda: _rows(out/'predictions-1of2.jsonl') >= 2, launcher)
-            worker, = _children(read_state(out, 1, 2).supervisor)
-            resource.prlimit(worker, resource.RLIMIT_FSIZE, (4096, 4096))
-        said = launcher.communicate()[0]
-        assert launcher.returncode == 1 and 'rank 1 stopped (exit code 1) at ' in said
-        assert 'cannot write' in said and ('No space left on device' in said or 'File too large' in said)
-        assert _rows(out/'predictions-0of2.jsonl') == len(json.loads((out/PLAN).read_text())['parts'][0])
-        kept = (out/'predictions-1of2.jsonl').read_bytes()
-        assert kept.endswith(b'}\n') and 0 < len(kept) <= 4096
-    finally:
-        if mounted:
-            whole_shard = (disk/'shard').read_bytes()
-            subprocess.run(['umount', str(disk)], check=True)
-            (out/'predictions-1of2.jsonl').unlink()
-            (out/'predictions-1of2.jsonl').write_bytes(whole_shard)
+    yield disk if mounted else None
+    if mounted: subprocess.run(['umount', '-l', str(disk)], check=True)
+
+
+def _fill_up(out, launcher):
+    """Without a disk of its own, the file of one rank may not grow."""
+    _until(lambda: _rows(out/'predictions-1of2.jsonl') >= 1, launcher)
+    worker, = _children(read_state(out, 1, 2).supervisor)
+    resource.prlimit(worker, resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+@pytest.mark.slow
+def test_a_full_disk_on_one_rank(world, whole, tmp_path, tiny_disk):
+    out = tmp_path/'run'
+    shard = out/'predictions-1of2.jsonl'
+    if tiny_disk:
+        out.mkdir()
+        (tiny_disk/'shard').touch()
+        shard.symlink_to(tiny_disk/'shard')
+    launcher = _launch(world, out, 2)
+    if not tiny_disk: _fill_up(out, launcher)
+    said = launcher.communicate()[0]
+    assert launcher.returncode == 1 and 'rank 1 stopped (exit code 1) at ' in said, said
+    assert 'cannot write' in said and ('No space left on device' in said or 'File too large' in said)
+    assert _rows(out/'predictions-0of2.jsonl') == len(json.loads((out/PLAN).read_text())['parts'][0])
+    kept = shard.read_bytes()
+    assert kept.endswith(b'}\n') and 0 < len(kept) <= 4096
+    shard.unlink()
+    shard.write_bytes(kept)
     done = subprocess.run(_words(world, out, 1), capture_output=True, text=True)
-    assert done.returncode == 0 and _lines(out) == whole
+    assert done.returncode == 0 and _lines(out) == whole, done.stdout
 
 
 @pytest.mark.slow

@@ -246,7 +246,9 @@ def supervise(
     own = State(plan.writer, rank, world, os.getpid(), socket.gethostname(), of=len(plan.parts[rank]))
     if why_stop(root, plan, parent): return
     _note(root, own)
-    child = subprocess.Popen([sys.executable, '-m', 'vlm_repro.core.workers', str(root), '--work', str(os.getpid())], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
+    words = [sys.executable, '-m', 'vlm_repro.core.workers', str(root), '--work', str(os.getpid())]
+    # a session of its own: torchrun signals whole process groups, and what becomes of the worker is decided here
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1, errors='replace', start_new_session=True)
     said:deque[str] = deque(maxlen=20)
     reader = _pass_on(child, rank, said)
     def stop() -> str:
