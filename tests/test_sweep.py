@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from vlm_repro.sweep.local import run_all, shares
 from vlm_repro.sweep.state import SUBMITTED, read_state, run_lock, status, write_state, write_submitted
 from vlm_repro.sweep.worker import BUSY, worker_command
 
+ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = "x = 1  # a number\ntext = 'a'  # words\nout = ''  # a folder\n"
 CODE = "import json, pathlib\nassert x != 2, 'two is one too many'\npathlib.Path(out, 'seen.json').write_text(json.dumps([x, text]))"
 WORKER = [sys.executable, "-m", "vlm_repro.sweep.worker"]
@@ -80,7 +82,7 @@ def test_a_grid_that_cannot_be_meant(words, why):
     (["mmwalk", "-g", "shots=0", "--slurm", "partition"], "has no value"),
 ])
 def test_bad_input_is_said_before_anything_runs(words, why, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    monkeypatch.chdir(ROOT)
     assert why in said(capsys, "sweep", *words, "--out", str(tmp_path / "s"), "--print", code=2)
     assert not (tmp_path / "s").exists()
 
@@ -384,3 +386,30 @@ def test_the_figure_has_a_line_for_each_value_of_the_other_setting(tmp_path, cap
     assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "3", "finetuned"] and len(axes.lines) >= 2
     assert "figure" in said(capsys, "table", str(tmp_path), "--column", "count", "--figure", str(tmp_path / "f.png")) and (tmp_path / "f.png").stat().st_size > 5000
     assert "does not vary" in said(capsys, "table", str(tmp_path), "--figure", str(tmp_path / "f.png"), "--x", "seed", code=2)
+
+
+@pytest.mark.slow
+def test_the_page_shows_the_runs_it_is_given(runs, tmp_path):
+    words = [str(Path(sys.executable).with_name("papermill")), str(ROOT / "nbs" / "sweeps.ipynb"), str(tmp_path / "all.ipynb"), "-p", "folder", str(runs), "-p", "against", "shots=0", "-p", "by", ""]
+    subprocess.run(words, check=True, capture_output=True)
+    outputs = [o["data"] for cell in nbformat.read(tmp_path / "all.ipynb", 4).cells for o in cell.get("outputs", []) if "data" in o]
+    assert any("less shots=0" in o.get("text/markdown", "") for o in outputs) and any("image/png" in o for o in outputs)
+
+
+# ---------------------------------------------------------------- the image
+
+
+def test_the_image_installs_what_a_checkout_installs():
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    runs = [line.removeprefix("RUN ").split() for line in text.splitlines() if line.startswith("RUN ")]
+    made = [words for words in runs if words[0] == "make"]
+    assert made and {words[1] for words in made} <= targets and not any("pip" in words for words in runs)
+    needed = re.search(r"need (.*?);", (ROOT / "Makefile").read_text())[1]
+    assert all(tool in text for tool in ("git", "make", "g++", "python3-venv")) and "g++" in needed
+    extras = re.search(r"^ARG EXTRAS=(.+)$", text, flags=re.MULTILINE)[1].split(",")
+    settings = (ROOT / "settings.ini").read_text()
+    assert all(f"\n{extra}_requirements =" in settings for extra in extras)
+    toolkit = re.search(r"^cuda-toolkit==(\d+)\.", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)[1]
+    assert re.search(rf"^ARG CUDA={toolkit}\.", text, flags=re.MULTILINE), "the compiler and the wheels are of one major version"
+    assert ".venv" in (ROOT / ".dockerignore").read_text().split()

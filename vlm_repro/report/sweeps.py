@@ -233,6 +233,7 @@ class RunTable:
         "What to know about the numbers."
         units = sorted({n.unit for line in self.lines for n in line.numbers.values()})
         said = f'{self.variant.replace("_", " ")}, {" and ".join(units)}; 95 % intervals over clusters' if units else 'no numbers yet'
+        if any(n.lo is None and n.value is not None for line in self.lines for n in line.numbers.values()): said += '; no interval where there are too few clusters for one'
         return [*(f'WATERMARK: {w}' for w in self.watermarks), said + ("; p values are Holm's" if self.against else '')]
 
     def __repr__(self) -> str:
