@@ -51,13 +51,12 @@ def asked(folder: Path, queries: int, shots: int, side: int) -> list[Any]:
     return [Request(f"q{i:03}", [*before, user(f"q{i}")], "ours") for i in range(queries)]
 
 
-def forget(model: Any) -> None:
-    """A reader with empty memories."""
+def forget(model: Any) -> Any:
+    """The model with empty memories."""
     from dataclasses import replace
 
     from vlm_repro.models.sharing import Reader
     return replace(model, reader=Reader(model.net, model.decoding, 2**30))
-
 
 def ours(model: Any, requests: list[Any], batch: int) -> dict[str, Any]:
     """`generate`, into a run folder."""
@@ -107,7 +106,6 @@ def apart(model: Any, requests: list[Any]) -> float:
     from dataclasses import replace
 
     import torch
-
     alone = replace(model, reader=None)
     single = torch.cat([first_logits(alone, [r]) for r in requests[:8]])
     return float(((first_logits(forget(model), requests[:8]).float() - single.float()).abs() / (1 + single.float().abs())).max())
