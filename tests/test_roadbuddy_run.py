@@ -2,7 +2,10 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from roadbuddy_files import FOUR, question, reply
@@ -156,3 +159,18 @@ def test_an_empty_picture_stands_for_a_clip_only_when_its_turn_comes(tmp_path, m
     assert torn.n_visual == render_example(processor, Example('empty', examples[0].otherwise)).n_visual != render_example(processor, examples[1]).n_visual
     other = training_examples(make_settings(TASK, {'data_root': str(tmp_path/'world'), 'limit': 3}), 'train')
     with pytest.raises(MediaError): render_example(processor, other[0])
+
+
+@pytest.mark.papers
+@pytest.mark.parametrize('read', ['text', 'likelihood'])
+def test_the_page_submits_the_whole_public_test(tmp_path, read):
+    page, params = Path(__file__).parents[1]/'papers'/'roadbuddy.ipynb', {'out': str(tmp_path/'run'), 'split': 'public_test', 'recipe': '', 'read': read}
+    command = [sys.executable, '-m', 'papermill', str(page), str(tmp_path/'page.ipynb'), '--no-progress-bar', *(x for k, v in params.items() for x in ('-p', k, v))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    file, _ = find_file(default_world(WORLD_SEED, WORLD_SIZE), 'public_test')
+    asked = [item['id'] for item in json.loads(file.read_text(encoding='utf-8'))['data']]
+    for name in (['submission.csv', 'corrected_submission.csv'] if read == 'text' else ['corrected_submission.csv']):
+        rows = rows_of(tmp_path/'run'/'upstream'/name)
+        assert [r['id'] for r in rows] == asked and {r['answer'] for r in rows} <= set('ABCD')
+    assert 'expected, never measured' in (tmp_path/'page.ipynb').read_text(encoding='utf-8')
