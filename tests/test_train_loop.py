@@ -8,19 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from train_toy import FULL, losses, toy_recipe
 
 from vlm_repro.core.runs import RunError
-from vlm_repro.train.checkpoints import checkpoints, last_checkpoint
-from vlm_repro.train.data import DataError
+from vlm_repro.train.checkpoints import checkpoints, last_checkpoint, remove, step_of
+from vlm_repro.train.data import DataError, pool
 from vlm_repro.train.export import drawn_requests
-from vlm_repro.train.loop import fine_tune
+from vlm_repro.train.loop import fine_tune, report_of
+from vlm_repro.train.order import Order
 from vlm_repro.train.paper import merge_tuned
 from vlm_repro.train.parts import NoSuchTarget
-from vlm_repro.train.recipe import RecipeError, TrainError, load_recipe
-from vlm_repro.train.setup import load_trainable
+from vlm_repro.train.recipe import RecipeError, TrainError, change, load_recipe
+from vlm_repro.train.setup import load_processor, load_trainable
 from vlm_repro.train.tuner import NothingLeft, Tuner
-from vlm_repro.train.watch import read_log
+from vlm_repro.train.watch import Log, read_log
 
 FAMILY = "qwen2_vl"
 
@@ -84,13 +86,86 @@ def test_a_file_that_breaks_on_the_way_is_skipped_counted_and_named(toy, tmp_pat
     assert [a == b for a, b in zip(whole, rest)][: skipped[0]["step"]] == [True] * skipped[0]["step"] and whole != rest
 
 
-def test_a_step_of_which_nothing_is_left_ends_the_run(toy, tmp_path):
-    recipe = toy_recipe(toy, batch=2, max_steps=3, data={"data_root": str(tmp_path / "pictures"), "n": 4})
-    fine_tune(recipe, tmp_path / "whole", progress=False)
-    for picture in (tmp_path / "pictures").iterdir():
+def tear(*pictures: Path) -> None:
+    """Cut off the ends of pictures: their headers promise more than there is."""
+    for picture in pictures:
         picture.write_bytes(picture.read_bytes()[:-30])
-    with pytest.raises(NothingLeft, match="step 0: all 2 examples had to be skipped"):
-        fine_tune(recipe, tmp_path / "torn", progress=False)
+
+
+def alone_in_its_step(recipe) -> str:
+    """The id of the example that the last step of the first epoch holds alone."""
+    found = pool(recipe.data, load_processor(recipe), recipe)
+    order = Order(found.groups, found.lengths, recipe)
+    (last,) = order[order.per_epoch - 1].examples
+    return found[last].id
+
+
+@pytest.mark.parametrize("tuning", [{}, {"tuning": FULL, "weight_decay": 0.1}], ids=["adapters", "whole parts"])
+def test_a_step_of_which_nothing_is_left_is_skipped_and_has_no_loss(toy, tmp_path, tuning):
+    recipe = toy_recipe(toy, batch=6, epochs=2, save_every=1, keep=0, data={"data_root": str(tmp_path / "pictures"), "n": 13}, workers=1, **tuning)
+    torn = alone_in_its_step(recipe)
+    tear(tmp_path / "pictures" / f"{torn}.jpg")
+    report = fine_tune(recipe, tmp_path / "torn", progress=False)
+    rows = {row["step"]: row["loss"] for row in read_log(tmp_path / "torn" / "log.jsonl")}
+    assert report.finished and report.steps == 6 and report.skipped == 2
+    assert rows[3] is None and all(v > 0 for v in rows.values() if v is not None) and [rows[k] is None for k in (1, 2, 4, 5)] == [False] * 4
+    held = [(tmp_path / "torn" / f"checkpoint-{k}").glob("*.safetensors") for k in (2, 3, 4)]
+    two, three, four = [load_file(next(files)) for files in held]
+    assert all(torch.equal(two[k], three[k]) for k in two) and any(not torch.equal(two[k], four[k]) for k in two)
+    again = resumed_from(tmp_path / "torn", 2, recipe)
+    assert again.resumed == 2 and again.skipped == 2
+    assert {row["step"]: row["loss"] for row in read_log(tmp_path / "torn" / "log.jsonl")} == rows
+
+
+def resumed_from(out: Path, step: int, recipe):
+    """The run of a folder again, from an earlier checkpoint."""
+    (out / "training_metrics.json").unlink()
+    for folder in checkpoints(out):
+        if step_of(folder) > step:
+            remove(folder)
+    return fine_tune(recipe, out, progress=False)
+
+
+def test_a_step_without_a_loss_does_not_pull_the_mean_down(toy, tmp_path):
+    recipe = toy_recipe(toy, batch=6, epochs=1, log_every=3, data={"data_root": str(tmp_path / "pictures"), "n": 13})
+    tear(tmp_path / "pictures" / f"{alone_in_its_step(recipe)}.jpg")
+    fine_tune(recipe, tmp_path / "mean", progress=False)
+    fine_tune(change(recipe, log_every=1), tmp_path / "each", progress=False)
+    first, second, none = [row["loss"] for row in read_log(tmp_path / "each" / "log.jsonl")]
+    assert none is None and losses(tmp_path / "mean") == [pytest.approx((first + second) / 2)]
+
+
+def test_files_that_are_all_broken_end_the_run_each_time(toy, tmp_path):
+    recipe = toy_recipe(toy, batch=2, max_steps=3, save_every=1, data={"data_root": str(tmp_path / "pictures"), "n": 4})
+    fine_tune(recipe, tmp_path / "whole", progress=False)
+    tear(*(tmp_path / "pictures").iterdir())
+    for _ in range(3):
+        with pytest.raises(NothingLeft, match="step 1: nothing could be read since the start"):
+            fine_tune(recipe, tmp_path / "torn", progress=False)
+    assert not (tmp_path / "torn" / "adapter").exists()
+
+
+def test_an_evaluation_leaves_out_what_cannot_be_read(toy, tmp_path):
+    look = {"task": "toy", "split": "val", "settings": {"data_root": str(tmp_path / "pictures"), "n": 4}}
+    recipe = toy_recipe(toy, epochs=2, eval_every=2, best=True, patience=2, eval_data=[look])
+    fine_tune(recipe, tmp_path / "whole", progress=False)
+    pictures = sorted((tmp_path / "pictures").glob("val-*.jpg"))
+    tear(*pictures[:3])
+    some = fine_tune(recipe, tmp_path / "some", progress=False)
+    assert some.metrics["eval_skipped"] == 3 and some.metrics["eval_loss"] > 0 and some.unseen.startswith("3 media (such as val-")
+    named = [json.loads(row) for row in (tmp_path / "some" / "skipped.jsonl").read_text().splitlines()]
+    assert sorted((row["id"], row["during"], row["step"]) for row in named) == [(f"val-{i}", "evaluation", 2) for i in range(3)] and some.skipped == 0
+    tear(pictures[3])
+    none = fine_tune(recipe, tmp_path / "none", progress=False)
+    assert none.metrics == {"eval_loss": None, "eval_skipped": 4} and none.best is None and none.steps == none.of and "none: no example could be read" in repr(none)
+    assert json.loads((tmp_path / "none" / "eval_results.json").read_text()) == none.metrics and report_of(tmp_path / "none") == none
+    pictures[0].write_bytes(b"")
+    assert set_aside_in(fine_tune(recipe, tmp_path / "gone", progress=False).unseen) == 4
+
+
+def set_aside_in(said: str) -> int:
+    """How many examples a sentence of `set_aside` speaks of."""
+    return sum(int(kind.split()[0]) for kind in said.split("; "))
 
 
 def test_examples_that_are_too_long_are_dropped_and_counted(toy, tmp_path):
@@ -179,6 +254,43 @@ def test_a_full_disk_costs_only_the_checkpoint_that_was_being_written(toy, tmp_p
     assert train(toy, tmp_path, save_every=4).resumed == 4
     assert all(map(math.isfinite, losses(tmp_path))) and len(losses(tmp_path)) == 12
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+FULL_AT_THE_END = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import train_toy
+from vlm_repro.train import loop
+export = loop.{where}
+def limited(*args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))
+    return export(*args)
+loop.{where} = limited
+train_toy.main({folder!r}, {out!r}, {changes!r})
+"""
+
+
+@pytest.mark.parametrize(("where", "room", "left", "changes"), [
+    ("_export", 30_000, "adapter", {}), ("_complete", 100, "adapter", {}), ("_export", 30_000, "model", {"tuning": FULL}), ("_write_metrics", 50, "training_metrics.json", {})])
+def test_a_full_disk_at_the_end_leaves_nothing_half_and_the_same_call_ends_the_run(toy, tmp_path, where, room, left, changes):
+    changes = {"max_steps": 2, "save_every": 1, **changes}
+    script = FULL_AT_THE_END.format(tests=str(Path(__file__).parent), folder=str(toy), out=str(tmp_path), where=where, room=room, changes=json.dumps(changes))
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    said = ended.stderr.splitlines()[-1]
+    assert ended.returncode and f"{left} could not be written (" in said and "checkpoint-2 is whole and will be continued from. Free some space" in said
+    assert not (tmp_path / left).exists() and not list(tmp_path.glob(".*.part"))
+    report = train(toy, tmp_path, **changes)
+    assert (report.resumed, report.steps, report.finished) == (2, 2, True) and math.isfinite(report.loss)
+    load_trainable(toy_recipe(toy, **({"model": report.weights} if left == "model" else {})))
+
+
+def test_a_disk_that_is_full_between_checkpoints_is_said_as_such(toy, tmp_path, monkeypatch):
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Log, "add", full)
+    with pytest.raises(TrainError, match=r"step 0: no room on the disk. Free some, or lower keep \(now 1\)"):
+        train(toy, tmp_path)
 
 
 def test_a_half_written_checkpoint_is_not_continued_from(toy, tmp_path):

@@ -8,7 +8,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/train/assess.html.md"""
 __all__ = ['as_answering', 'total', 'source_total', 'try_metric', 'paper_metric']
 
 # %% ../../nbs/train/assess.ipynb #9e2815bb
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ import torch
 
 from ..core.generate import generate
 from ..core.records import Score
+from ..core.runs import RunFolder
 from ..core.tasks import extract_run, make_settings, prepare, score_run, start
 from ..models.inputs import Preparer, VisualCounter, tokenizer_of
 from ..models.transformers import TransformersModel, greedy
-from .data import source_settings, source_task
+from .data import Lost, source_settings, source_task
 from .recipe import Recipe, RecipeError, Source, near
 
 if TYPE_CHECKING:
@@ -41,12 +42,14 @@ def as_answering(
 def total(
     scores:Iterable[Score], # of one evaluation
     metric:str, # its name, as in the recipe
+    unread:Collection[str]=(), # ids of samples that could not be asked
 ) -> tuple[float, int]: # sum and number
     "Sum of a metric over its corrected scores; raises RecipeError if there is no such metric, with near names."
     scores = list(scores)
     chosen = [s for s in scores if s.metric == metric and s.variant == 'corrected']
     if scores and not chosen: raise RecipeError(f'metric: {metric!r} is none of the paper; {near(metric, sorted({"loss", *(s.metric for s in scores)}))}')
-    return float(sum(s.values[0] for s in chosen if s.values)), len(chosen)
+    asked = [s for s in chosen if s.id not in unread]
+    return float(sum(s.values[0] for s in asked if s.values)), len(asked)
 
 # %% ../../nbs/train/assess.ipynb #855d547d
 def _asked(source:Source) -> Any:
@@ -61,7 +64,7 @@ def source_total(
     recipe:Recipe, # metric and batch size
     folder:Path, # of this evaluation
     share:slice, # which of the samples
-) -> tuple[float, int]: # sum and number
+) -> tuple[float, int, list[Lost]]: # sum, number, and what could not be asked
     "Answers the questions of a source and scores them."
     task, settings = source_task(source), _asked(source)
     data = task.load(settings)
@@ -71,10 +74,14 @@ def source_total(
         requests = prepare(task, settings, data, run)
         generate(model, requests, run, recipe.eval_batch, getattr(settings, 'max_new_tokens', 32), progress=False)
         extract_run(task, settings, run)
-        return total(score_run(task, settings, run), recipe.metric)
+        lost = _unread(run)
+        return *total(score_run(task, settings, run), recipe.metric, {x.id for x in lost}), lost
     finally: run.close()
 
-def _totals(tuner:'Tuner', recipe:Recipe, name:str, share:slice) -> list[tuple[float, int]]:
+def _unread(run:RunFolder) -> list[Lost]:
+    return [Lost(row['id'], 'media', row['error']) for row in run.rows('predictions') if (row['error'] or '').startswith('media')]
+
+def _totals(tuner:'Tuner', recipe:Recipe, name:str, share:slice) -> list[tuple[float, int, list[Lost]]]:
     tuner.model.eval()
     model, folder = as_answering(tuner.model, tuner.processing_class), tuner.run.out/'eval'/name
     return [source_total(model, s, recipe, folder/f'{k}-{s.task}-{tuner.args.process_index}', share) for k, s in enumerate(recipe.eval_data)]
@@ -89,11 +96,13 @@ def try_metric(
 def paper_metric(
     tuner:'Tuner', # being trained
     recipe:Recipe, # metric, evaluation data
-) -> float: # the mean over all processes
-    "The recipe's metric of the model at this step."
+) -> tuple[float|None, int]: # the mean over all processes, None where nothing could be asked; samples that could not be read
+    "The recipe's metric of the model at this step; names in `skipped.jsonl` what could not be read."
     from vlm_repro.train.setup import splits_weights
     rank, world = tuner.args.process_index, tuner.args.world_size
     found = _totals(tuner, recipe, f'step-{tuner.state.global_step}', slice(None) if splits_weights(recipe) else slice(rank, None, world))
-    held = torch.tensor([sum(x) for x in zip(*found)], dtype=torch.float64, device=tuner.args.device)
-    value, n = (tuner.accelerator.reduce(held, 'sum') if world > 1 else held).tolist()
-    return value/max(n, 1)
+    lost = [x for *_, unread in found for x in unread]
+    tuner.run.skipped.add(tuner.state.global_step, 'evaluation', lost)
+    held = torch.tensor([sum(x) for x in zip(*((value, n, len(unread)) for value, n, unread in found))], dtype=torch.float64, device=tuner.args.device)
+    value, n, n_lost = (tuner.accelerator.reduce(held, 'sum') if world > 1 else held).tolist()
+    return value/n if n else None, int(n_lost)//(world if splits_weights(recipe) else 1)
