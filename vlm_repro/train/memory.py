@@ -40,16 +40,21 @@ def kept_bytes(
 class _Flash(torch.autograd.Function):
     "Attention that computes nothing and keeps what flash attention keeps."
     @staticmethod
-    def forward(ctx:Any, q:torch.Tensor, k:torch.Tensor, v:torch.Tensor) -> torch.Tensor:
+    def forward(ctx:Any, q:torch.Tensor, *others:torch.Tensor) -> torch.Tensor:
         "An empty result."
         out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out)
+        ctx.save_for_backward(q, *others, out)
         return out
 
 def _counted(module:torch.nn.Module, query:torch.Tensor, key:torch.Tensor, value:torch.Tensor, attention_mask:Any, **more:Any) -> tuple[torch.Tensor, None]:
     return _Flash.apply(query, key, value).transpose(1, 2), None
 
+def _counted_masked(module:torch.nn.Module, query:torch.Tensor, key:torch.Tensor, value:torch.Tensor, attention_mask:torch.Tensor, **more:Any) -> tuple[torch.Tensor, None]:
+    again = query.shape[1]//key.shape[1]
+    return _Flash.apply(query, *(x.repeat_interleave(again, 1) for x in (key, value)), attention_mask.to(query.dtype)).transpose(1, 2), None
+
 AttentionInterface.register('counted', _counted)
+AttentionInterface.register('counted_masked', _counted_masked)
 
 def _shell(config:PretrainedConfig, recipe:Recipe) -> torch.nn.Module:
     "The model as it will be trained, without storage."
@@ -62,11 +67,12 @@ def decoder_bytes(
     net:torch.nn.Module, # on the meta device, adapters in place
     tokens:int, # of one row
     checkpointing:bool, # activations computed twice
+    masked:bool=False, # attention that is given a mask
 ) -> int: # bytes, one layer computed again included
     "What the language model keeps for one row."
     base = net.get_base_model() if hasattr(net, 'get_base_model') else net
     decoder = base.get_decoder()
-    decoder.config._attn_implementation = 'counted'
+    decoder.config._attn_implementation = 'counted_masked' if masked else 'counted'
     x = torch.empty(1, tokens, decoder.config.hidden_size, device='meta', dtype=base.dtype, requires_grad=True)
     mask, at = torch.zeros(1, 1, tokens, tokens, device='meta', dtype=torch.bool), torch.arange(tokens, device='meta')[None]
     run = lambda: decoder(inputs_embeds=x, attention_mask=mask, position_ids=at, use_cache=False).last_hidden_state
@@ -105,6 +111,10 @@ def _states(recipe:Recipe, trained:int) -> tuple[int, int]: # gradients, optimiz
     half = recipe.deepspeed is not None and recipe.precision != 'fp32' and not isinstance(recipe.tuning, Lora)
     return trained*(2 if half else 4), trained*(12 if half else 8)
 
+def _masked(recipe:Recipe) -> bool:
+    "Whether attention has to be told by a mask which tokens belong together; flash attention is told by lengths."
+    return recipe.attention in ('auto', 'sdpa', 'eager') and (recipe.packing or recipe.micro_batch > 1)
+
 def predict_memory(
     config:PretrainedConfig, # of the checkpoint
     recipe:Recipe, # everything else
@@ -121,5 +131,5 @@ def predict_memory(
     held = {'weights': weights//(world if stage > 2 else 1), 'gradients': gradients//(world if stage > 1 else 1), 'optimizer': optimizer//(world if stage else 1)}
     gone = {'optimizer': ('optimizer', 'gradients'), 'all': ('optimizer', 'gradients', 'weights')}.get(zero.offload if zero else 'none', ())
     logits = tokens//10*config.get_text_config().vocab_size*4*2
-    return Memory(**{k: 0 if k in gone else v for k, v in held.items()}, activations=decoder_bytes(net, tokens, recipe.checkpointing), logits=logits,
+    return Memory(**{k: 0 if k in gone else v for k, v in held.items()}, activations=decoder_bytes(net, tokens, recipe.checkpointing, _masked(recipe)), logits=logits,
                   elsewhere=sum(held[k] for k in gone))
