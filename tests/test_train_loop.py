@@ -4,6 +4,7 @@ import math
 import resource
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from train_toy import FULL, losses, toy_recipe
 
 from vlm_repro.core.runs import RunError
+from vlm_repro.models.protocol import ModelError
 from vlm_repro.train.checkpoints import checkpoints, last_checkpoint, remove, step_of
 from vlm_repro.train.data import DataError, pool
 from vlm_repro.train.export import drawn_requests
@@ -215,6 +217,20 @@ def test_bf16_and_checkpointing_give_about_the_same_losses(toy, tmp_path):
     plain = losses(tmp_path / "plain")
     assert losses(tmp_path / "checkpointed") == pytest.approx(plain, rel=1e-5)
     assert losses(tmp_path / "half") == pytest.approx(plain, rel=0.03) and losses(tmp_path / "half") != plain
+
+
+def test_the_attention_of_the_recipe_is_used_and_changes_no_loss(toy, tmp_path):
+    for attention in ("sdpa", "eager"):
+        train(toy, tmp_path / attention, epochs=1, attention=attention)
+        assert load_trainable(toy_recipe(toy, attention=attention)).config._attn_implementation == attention
+    assert losses(tmp_path / "eager") == pytest.approx(losses(tmp_path / "sdpa"), rel=1e-5)
+
+
+def test_flash_attention_that_is_not_there_is_said_before_the_first_step(toy, tmp_path):
+    if find_spec("flash_attn"):
+        pytest.skip("flash attention is installed here")
+    with pytest.raises(ModelError, match="FlashAttention2 .*installed"):
+        train(toy, tmp_path, attention="flash_attention_2")
 
 
 def test_checkpoints_are_kept_as_told_and_the_best_one_stays(toy, tmp_path):
