@@ -35,7 +35,7 @@ from vlm_repro.core.tasks import get_task, make_settings, prepare, start
 from vlm_repro.models.protocol import load_model
 torch.set_num_threads(1)
 task, (root, out, nproc, nnodes, meet) = get_task('mmwalk'), sys.argv[1:]
-settings = make_settings(task, {'data_root': root, 'limit': 6, 'shots': 1})
+settings = make_settings(task, {'data_root': root, 'limit': 12, 'shots': 1})
 run = start(task, settings, out, batch_size=2)
 requests = prepare(task, settings, task.load(settings), run)
 try: print(generate(load_model('tiny'), requests, run, 2, 20, nproc=int(nproc), nnodes=int(nnodes), meet=meet))
@@ -50,7 +50,7 @@ def world(tmp_path_factory):
     return build_world(tmp_path_factory.mktemp('world')/'w', 5, Size(test_frames=2, train_frames=2, val_frames=1, train_trajectories=1))
 
 
-def _open(world, out, limit=6, shots=1):
+def _open(world, out, limit=12, shots=1):
     settings = make_settings(TASK, {'data_root': str(world), 'limit': limit, 'shots': shots})
     run = start(TASK, settings, out, batch_size=2)
     return settings, run, prepare(TASK, settings, TASK.load(settings), run)
@@ -106,6 +106,22 @@ def _below(pid: int) -> list[int]:
     parents, found = _parents(), [pid]
     for p in found: found += [q for q, parent in parents.items() if parent == p]
     return found[1:]
+
+
+def _workers(pids) -> list[int]:
+    """Those that do the work, and not those that watch."""
+    return [p for p in pids if Path(f'/proc/{p}/cmdline').exists() and b'--work' in Path(f'/proc/{p}/cmdline').read_bytes().split(b'\0')]
+
+
+def _worker(out: Path, rank: int, world: int, launcher) -> int:
+    """The worker of a rank, as soon as there is one."""
+    found = []
+    def there():
+        state = read_state(out, rank, world)
+        found[:] = _workers(_children(state.supervisor)) if state else []
+        return bool(found)
+    _until(there, launcher)
+    return found[0]
 
 
 # ---- dealing
@@ -295,6 +311,7 @@ def test_killed_launcher_then_killed_rank_then_alone(world, whole, tmp_path):
     launcher = _launch(world, out, 3)
     _until(lambda: sum(_rows(out/f'predictions-{r}of3.jsonl') for r in range(3)) >= 2, launcher)
     everybody = _below(launcher.pid)
+    for pid in _workers(everybody): os.kill(pid, signal.SIGSTOP)  # in the middle of a batch, however long the others take to notice
     assert len(everybody) >= 3  # torchrun, a supervisor and its worker at least
     launcher.kill()
     launcher.wait()
@@ -307,8 +324,8 @@ def test_killed_launcher_then_killed_rank_then_alone(world, whole, tmp_path):
     assert 2 <= after_kill < len(whole)
 
     launcher = _launch(world, out, 2)
+    worker = _worker(out, 1, 2, launcher)
     _until(lambda: _rows(out/'predictions-1of2.jsonl') >= 2, launcher)
-    worker, = _children(read_state(out, 1, 2).supervisor)
     os.kill(worker, signal.SIGKILL)
     said = launcher.communicate()[0]
     assert launcher.returncode == 1 and 'GenerateError: 1 of 2 processes did not finish' in said
@@ -331,9 +348,9 @@ def test_killed_launcher_then_killed_rank_then_alone(world, whole, tmp_path):
 def test_a_killed_supervisor_does_not_stop_the_others(world, whole, tmp_path):
     out = tmp_path/'run'
     launcher = _launch(world, out, 2)
-    _until(lambda: _rows(out/'predictions-0of2.jsonl') >= 2, launcher)
+    worker = _worker(out, 0, 2, launcher)
     victim = read_state(out, 0, 2).supervisor
-    worker, = _children(victim)
+    _until(lambda: _rows(out/'predictions-0of2.jsonl') >= 2, launcher)
     os.kill(victim, signal.SIGKILL)
     said = launcher.communicate()[0]
     assert launcher.returncode == 1 and 'rank 0 left no word at ' in said
@@ -355,8 +372,7 @@ def tiny_disk(tmp_path):
 
 def _fill_up(out, launcher):
     """Without a disk of its own, the file of one rank may not grow."""
-    _until(lambda: _rows(out/'predictions-1of2.jsonl') >= 1, launcher)
-    worker, = _children(read_state(out, 1, 2).supervisor)
+    worker = _worker(out, 1, 2, launcher)
     resource.prlimit(worker, resource.RLIMIT_FSIZE, (4096, 4096))
 
 
