@@ -32,7 +32,7 @@ def meteor_jar() -> Path|None: # None where pycocoevalcap is not installed
 def meteor_absence() -> str: # empty where METEOR can run, else `label: reason`
     "Why METEOR cannot run here (labels `no_java` and `no_jar`)."
     if not shutil.which('java'): return 'no_java: METEOR 1.5 is a Java program and no `java` was found; install a Java runtime'
-    if not meteor_jar(): return "no_jar: METEOR 1.5 comes with pycocoevalcap, which is not installed; pip install 'vlm-repro[captions]'"
+    if not meteor_jar(): return "no_jar: METEOR 1.5 comes with pycocoevalcap, which is not installed; pip install 'vlm-repro[metrics]'"
     return ''
 
 # %% ../../nbs/metrics/meteor.ipynb #3e03546c
