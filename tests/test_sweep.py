@@ -25,7 +25,7 @@ from vlm_repro.sweep.cluster import queued_jobs
 from vlm_repro.sweep.grid import Run, find_notebook, parse_grid, plan, single
 from vlm_repro.sweep.local import run_all, shares
 from vlm_repro.sweep.state import SUBMITTED, read_state, run_lock, status, write_state, write_submitted
-from vlm_repro.sweep.worker import BUSY, worker_command
+from vlm_repro.sweep.worker import BUSY, execute_run, worker_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = "x = 1  # a number\ntext = 'a'  # words\nout = ''  # a folder\n"
@@ -190,6 +190,22 @@ def test_two_sweeps_do_not_work_on_one_run(tmp_path, book):
 def test_every_place_of_the_pool_has_its_share_of_the_gpus():
     assert shares(list("01234567"), 3) == [["0", "3", "6"], ["1", "4", "7"], ["2", "5"]]
     assert shares(["0"], 2) == [["0"], ["0"]] and shares([], 1) == [[]]
+
+
+@pytest.mark.parametrize("failures, wanted", [(2, "done"), (3, "failed")])
+def test_a_kernel_whose_port_another_one_took_is_started_again(failures, wanted, tmp_path, book, monkeypatch):
+    import papermill
+
+    tried = []
+
+    def execute(*words, **more):
+        tried.append(words)
+        if len(tried) <= failures:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    assert execute_run(Run(book, tmp_path / "r", {})) == wanted and len(tried) == 3
+    assert ("did not start" in read_state(tmp_path / "r")["reason"]) == (wanted == "failed")
 
 
 # ---------------------------------------------------------------- how a run stands
