@@ -103,4 +103,4 @@ def run_all(
 
 def _ended(run:Run, done:int, n:int) -> str:
     s = status(run)
-    return f'[{done}/{n}] {run.name}: {s.state}' + (f' in {s.seconds:.0f} s' if s.seconds is not None else '') + (f': {s.why}' if s.why else '')
+    return f'[{done}/{n}] {run.name}: {s.state}' + (f' in {s.seconds:.0f} s' if s.seconds is not None else '') + (f': {s.why.splitlines()[0]}' if s.why else '')
