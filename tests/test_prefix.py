@@ -12,11 +12,11 @@ from vlm_repro.core.records import Request
 from vlm_repro.core.runs import RunError, open_run
 from vlm_repro.models.choices import by_likelihood
 from vlm_repro.models.families import FAMILIES, random_checkpoint
-from vlm_repro.models.features import Bounded, encode_once
+from vlm_repro.models.features import Bounded, encode_once, whole
 from vlm_repro.models.inputs import encode
 from vlm_repro.models.prefix import LEAST, PrefixTree, common, prefix_keys, shared_ends
 from vlm_repro.models.protocol import ModelError, Prepared, Staged, load_model
-from vlm_repro.models.sharing import why_not
+from vlm_repro.models.sharing import as_prompt, why_not
 from vlm_repro.models.transformers import inputs_of
 
 torch.set_num_threads(1)
@@ -58,10 +58,10 @@ def test_the_two_halves_are_generate(folders, pictures, tmp_path):
              request('long', user('Tell me everything. '*20, pictures[1])), request('b', user('Is the sky blue?'))]
     ready = model.prepare(asked)
     assert isinstance(model, Staged) and isinstance(ready, Prepared) and len(ready) == 4
-    whole = model.generate(asked, 4)
-    assert model.answer(ready, 4) == whole
-    assert [g.id for g in whole] == ['a', 'torn', 'long', 'b']
-    assert [(g.error or 'ok').split(':')[0] for g in whole] == ['ok', 'media', 'overflow', 'ok']
+    at_once = model.generate(asked, 4)
+    assert model.answer(ready, 4) == at_once
+    assert [g.id for g in at_once] == ['a', 'torn', 'long', 'b']
+    assert [(g.error or 'ok').split(':')[0] for g in at_once] == ['ok', 'media', 'overflow', 'ok']
     assert (model.answer(model.prepare([]), 4), model.answer(ready, 300)[0].error.split(':')[0]) == ([], 'overflow')
 
 
@@ -80,8 +80,8 @@ def test_a_chooser_has_halves_too(folders, pictures):
     chooser = by_likelihood(load_model(str(folders('internvl'))), {'a': ['A', 'B'], 'b': ['A', 'B', 'C']})
     asked = [request('a', user('A or B?', pictures[0])), request('b', user('A, B or C?', pictures[0]))]
     assert isinstance(chooser, Staged)
-    for halves, whole in zip(chooser.answer(chooser.prepare(asked), 1), chooser.generate(asked, 1), strict=True):
-        assert halves.choice_logprobs == pytest.approx(whole.choice_logprobs, abs=1e-5) and (halves.id, halves.text) == (whole.id, whole.text)
+    for halves, at_once in zip(chooser.answer(chooser.prepare(asked), 1), chooser.generate(asked, 1), strict=True):
+        assert halves.choice_logprobs == pytest.approx(at_once.choice_logprobs, abs=1e-5) and (halves.id, halves.text) == (at_once.id, at_once.text)
     assert chooser.prefix_keys(asked[0]) == chooser.prefix_keys(asked[1]) != ()
 
 
@@ -158,13 +158,24 @@ def test_a_memory_keeps_what_was_used_last():
 def test_one_picture_at_a_time_gives_the_same_tensors(family, folders, pictures, tmp_path):
     preparer, memory = load_model(str(folders(family))).preparer, Bounded(2**26)
     for messages in ([user('a', *pictures)], [user('b', pictures[2]), said('x'), user('c', pictures[0], pictures[0])], [user('none')]):
-        ours, usual = encode_once(preparer, messages, memory), encode(preparer, messages)
+        apart, usual = encode_once(preparer, messages, memory), encode(preparer, messages)
+        ours = whole(apart)
         assert (ours.pixel_hash, ours.prompt_hash, ours.n_visual, set(ours.tensors)) == (usual.pixel_hash, usual.prompt_hash, usual.n_visual, set(usual.tensors))
         for k in usual.tensors: assert torch.equal(ours.tensors[k], usual.tensors[k]) and ours.tensors[k].dtype == usual.tensors[k].dtype, k
-        assert sum(s.n_tokens for s in ours.images) == ours.n_visual
+        assert sum(s.n_tokens for s in apart.images) == ours.n_visual and 'pixel_values' not in apart.tensors
     assert (len(memory), memory.misses) == (len(pictures), len(pictures))
     for broken in (str(tmp_path/'none.png'), str(tmp_path)):
         with pytest.raises(MediaError): encode_once(preparer, [user('?', pictures[0], broken)], memory)
+
+
+@pytest.mark.parametrize('family', ('qwen2_vl', 'qwen2_5_vl'))
+def test_positions_are_the_models_own(family, models, pictures):
+    model = models(family)
+    for messages in ([user('a', *pictures)], [user('b', pictures[3]), said('x'), user('c', pictures[0], pictures[5])], [user('', pictures[1])], [user('none')]):
+        e = encode_once(model.preparer, messages, Bounded(0))
+        ours = as_prompt(model.net, e).positions
+        theirs, _ = model.net.model.get_rope_index(e.tensors['input_ids'], e.tensors['mm_token_type_ids'], image_grid_thw=e.tensors.get('image_grid_thw'))
+        assert torch.equal(ours, theirs[:, 0])
 
 
 def test_a_file_that_changes_is_read_again(folders, tmp_path):

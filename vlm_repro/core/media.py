@@ -110,5 +110,5 @@ def pixel_hash(
     for a in pixels if isinstance(pixels, (list, tuple)) else [pixels]:
         a = np.ascontiguousarray(a)
         h.update(f'{a.dtype}{a.shape}'.encode())
-        h.update(a.tobytes())
+        h.update(a)
     return h.hexdigest()[:16]

@@ -6,8 +6,9 @@ Docs: https://vlm-repro.github.io/vlm_repro/models/inputs.html.md"""
 
 # %% auto #0
 __all__ = ['Preparer', 'IMAGE_BACKENDS', 'TOKEN_KEYS', 'tokenizer_of', 'require_template', 'image_backend_of', 'load_preparer',
-           'image_parts', 'render', 'Shown', 'Encoded', 'image_token_id', 'open_images', 'encode', 'encode_pictures',
-           'end_to_end', 'collate', 'VisualCounter', 'measure', 'pixel_budget', 'set_budget', 'image_settings']
+           'image_parts', 'render', 'Shown', 'Encoded', 'image_token_id', 'open_images', 'block_hashes', 'processed',
+           'count_visual', 'encode', 'end_to_end', 'collate', 'VisualCounter', 'measure', 'pixel_budget', 'set_budget',
+           'image_settings']
 
 # %% ../../nbs/models/inputs.ipynb #580cad30
 from collections.abc import Mapping, Sequence
@@ -96,12 +97,17 @@ def render(
     return preparer.apply_chat_template([_bare(m, eyes) for m in messages], tokenize=False, add_generation_prompt=reply)
 
 # %% ../../nbs/models/inputs.ipynb #b835aff8
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shown:
-    "One image of a request, found again in its tensors."
-    digest: str # of its own pixel values
-    n_rows: int # rows of `pixel_values`: patches or tiles
+    "One image of a request, apart from the others."
+    tensors: Mapping[str, torch.Tensor] # what the image processor made of it, on the CPU
+    hashes: tuple[str, ...] # see `block_hashes`
     n_tokens: int # visual tokens
+
+    @property
+    def digest(self) -> str: # equal for equal pixels
+        "What the image is known by."
+        return '-'.join(self.hashes)
 
 @dataclass(frozen=True)
 class Encoded:
@@ -110,7 +116,7 @@ class Encoded:
     n_visual: int # visual tokens
     prompt_hash: str # digest of the rendered text
     pixel_hash: str # digest of the pixel values; empty without images
-    images: tuple[Shown, ...] = () # in reading order, where images are told apart; see `models.features`
+    images: tuple[Shown, ...] = () # in reading order, where they are kept apart and not in `tensors`; see `models.features`
 
     @property
     def n_prompt(self) -> int: # tokens
@@ -150,26 +156,41 @@ def open_images(
     return open_parts(image_parts(messages), workers)
 
 # %% ../../nbs/models/inputs.ipynb #bb0a9a09
+def block_hashes(
+    tensors:Mapping[str, torch.Tensor], # of an image processor
+) -> list[str]: # one an image where `image_grid_thw` says which rows are whose; else one a tile or view
+    "Digests of the pixel values, piece by piece, so that a piece has the same digest in any company."
+    pixels, grid = [tensors[k] for k in sorted(tensors) if k.startswith('pixel_values')], tensors.get('image_grid_thw')
+    return [pixel_hash(block) for p in pixels for block in p.split(grid.prod(-1).tolist() if grid is not None else 1)]
+
+def processed(
+    preparer:Preparer, # of the checkpoint
+    messages:Messages, # the conversation
+    images:list[Image.Image], # its pictures, opened
+) -> tuple[str, dict[str, torch.Tensor]]: # the rendered text, and the tensors of this request alone
+    "Render and process; raises ValueError for an image that the processor refuses."
+    text = render(preparer, messages)
+    if images and tokenizer_of(preparer) is preparer: raise ValueError(f'{len(images)} images for a model without an image processor')
+    return text, dict(_process(preparer, messages, text, images))
+
+def count_visual(
+    preparer:Preparer, # of the checkpoint
+    ids:torch.Tensor, # token ids
+) -> int:
+    "How many of the tokens are visual."
+    token = image_token_id(preparer)
+    return 0 if token is None else int((ids == token).sum())
+
 def encode(
     preparer:Preparer, # of the checkpoint
     messages:Messages, # the conversation
     workers:int=1, # threads that decode images
 ) -> Encoded: # tensors of this request alone
     "Render, open, process; raises MediaError for an image that cannot be used and ValueError for one the processor refuses."
-    return encode_pictures(preparer, messages, open_images(messages, workers))
-
-def encode_pictures(
-    preparer:Preparer, # of the checkpoint
-    messages:Messages, # the conversation
-    images:list[Image.Image], # its pictures, opened
-) -> Encoded: # tensors of this request alone
-    "Render and process; raises ValueError for an image that the processor refuses."
-    text = render(preparer, messages)
-    if images and tokenizer_of(preparer) is preparer: raise ValueError(f'{len(images)} images for a model without an image processor')
-    tensors = dict(_process(preparer, messages, text, images))
-    n_visual = int((tensors['input_ids'] == image_token_id(preparer)).sum()) if images else 0
-    pixels = [tensors[k] for k in sorted(tensors) if k.startswith('pixel_values')]
-    return Encoded(tensors, n_visual, digest(text), pixel_hash(pixels) if pixels else '')
+    images = open_images(messages, workers)
+    text, tensors = processed(preparer, messages, images)
+    hashes = block_hashes(tensors)
+    return Encoded(tensors, count_visual(preparer, tensors['input_ids']) if images else 0, digest(text), digest(hashes) if hashes else '')
 
 # %% ../../nbs/models/inputs.ipynb #b9940fb1
 TOKEN_KEYS = ('input_ids', 'attention_mask', 'token_type_ids', 'mm_token_type_ids')

@@ -18,9 +18,9 @@ import torch
 import transformers as hf
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..core.records import Messages
+from ..core.records import Messages, digest
 from .features import Bounded, encode_once
-from .inputs import Encoded, Preparer, end_to_end
+from .inputs import Encoded, Preparer, Shown
 from .prefix import LEAST, PrefixTree, Stretch, shared_ends
 
 # %% ../../nbs/models/sharing.ipynb #bff364f9
@@ -61,10 +61,18 @@ class Prompt:
 
     def __len__(self) -> int: return len(self.marks)
 
-def _positions(base:hf.PreTrainedModel, e:Encoded) -> torch.Tensor:
-    ids, axes = e.tensors['input_ids'], _AXES[type(base)]
-    if axes == 1 or 'image_grid_thw' not in e.tensors: return torch.arange(ids.shape[1]).expand(axes, -1)
-    return base.model.get_rope_index(ids, e.tensors['mm_token_type_ids'], image_grid_thw=e.tensors['image_grid_thw'])[0][:, 0]
+def _positions(base:hf.PreTrainedModel, e:Encoded, spans:Sequence[tuple[int, int]]) -> torch.Tensor: # axes x tokens
+    axes, length = _AXES[type(base)], e.n_prompt
+    if axes == 1: return torch.arange(length)[None]
+    merge, out, token, at = base.config.vision_config.spatial_merge_size, np.empty((axes, length), np.int64), 0, 0
+    for (a, b), shown in zip(spans, e.images):
+        out[:, token:a] = np.arange(at, at + a - token)
+        at += a - token
+        t, h, w = (shown.tensors['image_grid_thw'][0]//torch.tensor([1, merge, merge])).tolist()
+        out[:, a:b] = np.indices((t, h, w)).reshape(axes, -1) + at
+        token, at = b, at + max(h, w)
+    out[:, token:] = np.arange(at, at + length - token)
+    return torch.from_numpy(out)
 
 def as_prompt(
     base:hf.PreTrainedModel, # of a known class
@@ -76,9 +84,9 @@ def as_prompt(
     visual = np.flatnonzero(marks == base.config.image_token_id)
     for shown in e.images:
         own, visual = visual[:shown.n_tokens], visual[shown.n_tokens:]
-        marks[own] = -1 - int(shown.digest[:15], 16)
+        marks[own] = -1 - int(digest(shown.digest)[:15], 16)
         spans.append((int(own[0]), int(own[-1]) + 1))
-    return Prompt(e, ids, marks, _positions(base, e), tuple(spans))
+    return Prompt(e, ids, marks, _positions(base, e, spans), tuple(spans))
 
 # %% ../../nbs/models/sharing.ipynb #0fb4fb71
 class _Slot(DynamicLayer):
@@ -181,28 +189,23 @@ class Reader:
         self.tree.clear()
 
 # %% ../../nbs/models/sharing.ipynb #9fcc2df4
-def _rows(e:Encoded, k:int) -> slice:
-    "The rows of `pixel_values` that hold image `k`."
-    before = sum(s.n_rows for s in e.images[:k])
-    return slice(before, before + e.images[k].n_rows)
-
-def _encode_images(self:Reader, new:Mapping[str, tuple[Encoded, int]]) -> dict[str, torch.Tensor]:
+def _encode_images(self:Reader, new:Sequence[Shown]) -> dict[str, torch.Tensor]:
     "Features of pictures by their digest."
-    device, dtype = self.base.device, self.base.dtype
-    pixels = end_to_end([e.tensors['pixel_values'][_rows(e, k)] for e, k in new.values()]).to(device, dtype)
-    grids = [e.tensors['image_grid_thw'][k:k + 1] for e, k in new.values() if 'image_grid_thw' in e.tensors]
-    out = self.base.get_image_features(pixel_values=pixels, **({'image_grid_thw': torch.cat(grids).to(device)} if grids else {})).pooler_output
-    each = out if grids else out.split([e.images[k].n_rows for e, k in new.values()])
-    made = {digest: f.reshape(-1, f.shape[-1]).clone() for digest, f in zip(new, each)}
-    for digest, f in made.items(): self.features.put(digest, f, f.nbytes)
+    device, rows = self.base.device, [len(s.tensors['pixel_values']) for s in new]
+    pixels = torch.cat([s.tensors['pixel_values'] for s in new]).to(device, self.base.dtype)
+    grids = {'image_grid_thw': torch.cat([s.tensors['image_grid_thw'] for s in new]).to(device)} if 'image_grid_thw' in new[0].tensors else {}
+    out = self.base.get_image_features(pixel_values=pixels, **grids).pooler_output
+    each = out if grids else out.split(rows)
+    made = {s.digest: f.reshape(-1, f.shape[-1]).clone() for s, f in zip(new, each)}
+    for key, f in made.items(): self.features.put(key, f, f.nbytes)
     self.counts.images_encoded += len(new)
     return made
 
 def _features(self:Reader, jobs:Sequence[Job]) -> dict[str, torch.Tensor]:
     "What the pictures in these jobs look like to the language model."
-    wanted = {j.prompt.encoded.images[k].digest: (j.prompt.encoded, k) for j in jobs for k, (a, b) in enumerate(j.prompt.spans) if j.start < b and a < j.end}
-    found = {digest: self.features.get(digest) for digest in wanted}
-    new = {digest: wanted[digest] for digest, f in found.items() if f is None}
+    wanted = {s.digest: s for j in jobs for (a, b), s in zip(j.prompt.spans, j.prompt.encoded.images) if j.start < b and a < j.end}
+    found = {key: self.features.get(key) for key in wanted}
+    new = [wanted[key] for key, f in found.items() if f is None]
     return {**found, **(_encode_images(self, new) if new else {})}
 
 # %% ../../nbs/models/sharing.ipynb #9f1481e2
