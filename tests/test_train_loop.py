@@ -287,7 +287,8 @@ train_toy.main({folder!r}, {out!r}, {changes!r})
 
 
 @pytest.mark.parametrize(("where", "room", "left", "changes"), [
-    ("_export", 30_000, "adapter", {}), ("_complete", 100, "adapter", {}), ("_export", 30_000, "model", {"tuning": FULL}), ("_write_metrics", 50, "training_metrics.json", {})])
+    ("_export", 30_000, "adapter", {}), pytest.param("_complete", 10, "adapter", {}, marks=pytest.mark.slow),
+    pytest.param("_export", 30_000, "model", {"tuning": FULL}, marks=pytest.mark.slow), ("_write_metrics", 50, "training_metrics.json", {})])
 def test_a_full_disk_at_the_end_leaves_nothing_half_and_the_same_call_ends_the_run(toy, tmp_path, where, room, left, changes):
     changes = {"max_steps": 2, "save_every": 1, **changes}
     script = FULL_AT_THE_END.format(tests=str(Path(__file__).parent), folder=str(toy), out=str(tmp_path), where=where, room=room, changes=json.dumps(changes))

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_toy
 from safetensors.torch import load_file
 from train_toy import FULL, main, toy_recipe
 
-from vlm_repro.train.checkpoints import last_checkpoint, step_of
+from vlm_repro.core.runs import RunError
+from vlm_repro.train.checkpoints import last_checkpoint, remove, step_of
 from vlm_repro.train.loop import fine_tune
+from vlm_repro.train.render import Example
 from vlm_repro.train.watch import read_log
 
 FAMILY = "internvl"
@@ -75,6 +78,33 @@ def test_other_ways_resume_as_exactly(toy, tmp_path, monkeypatch, more):
             main(str(toy), str(tmp_path / "cut"), json.dumps(changes), str(step), "SIGTERM")
     fine_tune(toy_recipe(toy, **changes), tmp_path / "cut", progress=False)
     same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_other_data_under_the_same_folder_is_noticed(toy, tmp_path, monkeypatch):
+    recipe = toy_recipe(toy, max_steps=2, save_every=1, keep=0, data={"data_root": str(tmp_path / "pictures"), "n": 8})
+    out, said = tmp_path / "run", "started on other data than data.0 of its recipe holds now: "
+    first = fine_tune(recipe, out, progress=False)
+    assert fine_tune(recipe, out, progress=False) == first
+    asked = train_toy.talk
+    with monkeypatch.context() as m:
+        m.setattr(train_toy, "talk", lambda *args: with_answer(asked(*args), "It is grey."))
+        with pytest.raises(RunError, match=said + r"8 changed \(such as train-0\). Put the data back"):
+            fine_tune(recipe, out, progress=False)
+    (out / "training_metrics.json").unlink()
+    remove(out / "checkpoint-2")
+    picture = tmp_path / "pictures" / "train-3.jpg"
+    held = picture.read_bytes()
+    picture.write_bytes(held + b"more")
+    with pytest.raises(RunError, match=said + r"1 changed \(such as train-3\)"):
+        fine_tune(recipe, out, progress=False)
+    picture.write_bytes(held)
+    assert fine_tune(recipe, out, progress=False).resumed == 1 and weights(out)
+    assert fine_tune(recipe, out, resume=False, progress=False).loss == first.loss
+
+
+def with_answer(example: Example, text: str) -> Example:
+    """The example with another answer."""
+    return Example(example.id, [*example.messages[:-1], {"role": "assistant", "content": [{"type": "text", "text": text}]}])
 
 
 def test_a_run_can_be_started_anew(toy, tmp_path):

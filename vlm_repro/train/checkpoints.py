@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/train/checkpoints.html.md"""
 
 # %% auto #0
 __all__ = ['MARKER', 'PREFIX', 'CheckpointError', 'mark', 'is_whole', 'about', 'step_of', 'checkpoints', 'last_checkpoint',
-           'scratch', 'begin', 'finish', 'writing', 'rotate', 'remove']
+           'scratch', 'begin', 'finish', 'put', 'writing', 'rotate', 'remove']
 
 # %% ../../nbs/train/checkpoints.ipynb #f774dd61
 import json
@@ -96,21 +96,27 @@ def finish(
     **remember:Any, # what to remember of it
 ) -> Path: # the same, whole
     "Marks what was written as whole and gives it its name."
-    part = scratch(final)
-    mark(part, **remember)
+    mark(scratch(final), **remember)
+    return put(final)
+
+def put(
+    final:Path, # a folder's place
+) -> Path: # the same
+    "Gives what was written beside it its name; what was there before is removed."
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
+    os.replace(scratch(final), final)
     return final
 
 @contextmanager
 def writing(
-    final:Path, # the checkpoint's place
+    final:Path, # a checkpoint's place, or that of another folder or file of the run
 ) -> Iterator[None]: # inside, files are written into `scratch(final)`
     "Cleans up after a failed write; raises CheckpointError saying what is left."
     from safetensors import SafetensorError
     try: yield
     except (OSError, RuntimeError, SafetensorError) as e:
-        shutil.rmtree(scratch(final), ignore_errors=True)
+        part = scratch(final)
+        part.unlink() if part.is_file() else shutil.rmtree(part, ignore_errors=True)
         left = last_checkpoint(final.parent)
         kept = f'{left.name} is whole and will be continued from' if left else 'there was none before it'
         why = getattr(e, 'strerror', None) or str(e).splitlines()[0]

@@ -25,8 +25,8 @@ from ..core.text import columns
 from ..models.inputs import Preparer
 from .assess import paper_metric, try_metric
 from .batches import Collator
-from .checkpoints import checkpoints, last_checkpoint, remove, step_of
-from .data import Lost, Pool, pool, set_aside
+from .checkpoints import begin, checkpoints, last_checkpoint, put, remove, scratch, step_of, writing
+from .data import Lost, Marks, Pool, difference, marks_of, pool, set_aside, source_examples
 from .feed import Feed, loader
 from .frozen import Album
 from .loss import supervised_loss
@@ -94,7 +94,24 @@ def _alone(out:Path, rank:int) -> Iterator[None]:
 def _empty(out:Path) -> None:
     "Removes what an earlier run of the recipe left, so that nothing of it is ever continued from."
     for folder in checkpoints(out): remove(folder)
-    for name in ('training_metrics.json', 'eval_results.json', 'log.jsonl', 'skipped.jsonl'): (out/name).unlink(missing_ok=True)
+    for name in ('data.json', 'training_metrics.json', 'eval_results.json', 'log.jsonl', 'skipped.jsonl'): (out/name).unlink(missing_ok=True)
+
+def _pin(out:Path, key:str, marks:Sequence[Marks], write:bool) -> None:
+    "Keeps the marks of the data at the first start; raises RunError if they are others now."
+    path = out/'data.json'
+    pinned = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    for k, (held, found) in enumerate(zip(pinned.get(key, ()), marks)):
+        if odd := difference(held, found):
+            raise RunError(f'{out} was started on other data than {key}.{k} of its recipe holds now: {odd}. Put the data back, or name another folder')
+    if key in pinned or not write: return None
+    scratch(path).write_text(json.dumps({**pinned, key: marks}, ensure_ascii=False), encoding='utf-8')
+    scratch(path).replace(path)
+
+def _still(recipe:Recipe, out:Path) -> None:
+    "Whether a finished run was made on the data that there is."
+    if not (out/'data.json').exists(): return None
+    for key in ('data', *(('eval_data',) if recipe.eval_every != 'never' else ())):
+        _pin(out, key, [marks_of(source_examples(s)) for s in getattr(recipe, key)], write=False)
 
 def report_of(
     out:str|Path, # a run's folder
@@ -126,6 +143,7 @@ def _looker(recipe:Recipe, preparer:Preparer, collate:Collator, out:Path, rank:i
     "What an evaluation computes, None without data for it; and the examples that were set aside."
     if not recipe.eval_data or recipe.eval_every == 'never': return None, ()
     found = pool(recipe.eval_data, preparer, recipe, out/'lengths', write=rank == 0)
+    _pin(out, 'eval_data', [part.marks for part in found.parts], rank == 0)
     whole = change(recipe, batch=len(found), epochs=1, max_steps=0)
     feed = Feed(found, Order(found.groups, found.lengths, whole, world), preparer, collate, rank)
     def look(tuner:Tuner) -> dict[str, float|None]:
@@ -142,14 +160,16 @@ def fine_tune(
     resume:bool=True, # go on from the last whole checkpoint
     progress:bool=True, # print a line at every log
 ) -> TrainReport:
-    "Trains, or goes on, or returns what is finished; raises TrainError with advice, RunError for a folder of another recipe, DataError."
+    "Trains, or goes on, or returns what is finished; raises TrainError with advice, RunError for a folder of another recipe or other data, DataError."
     recipe, out = recipe if isinstance(recipe, Recipe) else load_recipe(recipe), Path(out).resolve()
     name_accelerator()
     _check_trackers(recipe)
     rank, world = _world()
     out.mkdir(parents=True, exist_ok=True)
     _claim(recipe, out)
-    if resume and (done := report_of(out)): return done
+    if resume and (done := report_of(out)):
+        _still(recipe, out)
+        return done
     with _alone(out, rank), on_sigterm() as stop:
         if rank == 0 and not resume: _empty(out)
         if rank == 0: save_recipe(recipe, out/'recipe.yaml')
@@ -159,6 +179,7 @@ def fine_tune(
 def _train(recipe:Recipe, out:Path, stop:Stop, resume:bool, shown:bool, rank:int, world:int) -> TrainReport:
     preparer = load_processor(recipe)
     found = pool(recipe.data, preparer, recipe, out/'lengths', shown, rank == 0)
+    _pin(out, 'data', [part.marks for part in found.parts], rank == 0)
     order = Order(found.groups, found.lengths, recipe, world)
     args = training_arguments(recipe, out, len(order))
     model = load_trainable(recipe)
@@ -234,10 +255,11 @@ def _unseen(run:Run) -> list[Lost]:
     return [*run.unseen, *named.values()]
 
 def _write_metrics(out:Path, report:TrainReport) -> None:
-    if report.metrics: (out/'eval_results.json').write_text(json.dumps(dict(report.metrics), indent=1) + '\n', encoding='utf-8')
-    part = out/'training_metrics.json.part'
-    part.write_text(json.dumps(asdict(report), indent=1) + '\n', encoding='utf-8')
-    part.replace(out/'training_metrics.json')
+    held = {'eval_results.json': dict(report.metrics), 'training_metrics.json': asdict(report)}
+    for name in held if report.metrics else ['training_metrics.json']:
+        with writing(out/name):
+            scratch(out/name).write_text(json.dumps(held[name], indent=1) + '\n', encoding='utf-8')
+            scratch(out/name).replace(out/name)
 
 # %% ../../nbs/train/loop.ipynb #1dfb593e
 def _export(tuner:Tuner) -> str:
@@ -245,10 +267,16 @@ def _export(tuner:Tuner) -> str:
     if run.recipe.best and run.best and run.best != tuner.state.global_step: _go_back(tuner, run.out/f'checkpoint-{run.best}')
     folder = run.out/('adapter' if isinstance(run.recipe.tuning, Lora) else 'model')
     tuner.model.config.use_cache = True
-    tuner.save_model(str(folder), _internal_call=True)
-    (folder/'training_args.bin').unlink(missing_ok=True)
-    if tuner.args.should_save and (answering := unwrap(tuner.model).generation_config): answering.save_pretrained(folder)
+    with writing(folder):
+        if tuner.args.should_save: begin(folder)
+        tuner.save_model(str(scratch(folder)), _internal_call=True)
+        if tuner.args.should_save: _complete(tuner, folder)
     return str(folder)
+
+def _complete(tuner:Tuner, folder:Path) -> None:
+    (scratch(folder)/'training_args.bin').unlink()
+    if answering := unwrap(tuner.model).generation_config: answering.save_pretrained(scratch(folder))
+    put(folder)
 
 def _go_back(tuner:Tuner, folder:Path) -> None:
     if not tuner.is_deepspeed_enabled: return tuner._load_from_checkpoint(str(folder))

@@ -9,6 +9,7 @@ __all__ = ['duration', 'memory_gib', 'known', 'line', 'Log', 'read_log', 'Skippe
            'explained']
 
 # %% ../../nbs/train/watch.ipynb #0139cf6a
+import errno
 import json
 import signal
 import threading
@@ -183,6 +184,9 @@ def _out_of_memory(e:BaseException) -> bool:
 def _worker_died(e:BaseException) -> bool:
     return isinstance(e, RuntimeError) and ('DataLoader worker' in str(e) or 'Pin memory thread' in str(e))
 
+def _disk_full(e:BaseException) -> bool:
+    return isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 def advice(
     e:BaseException, # what ended the run
     recipe:Recipe, # of the run
@@ -197,6 +201,7 @@ def advice(
         half = ' precision (fp16 overflows where bf16 does not),' if recipe.precision == 'fp16' else ''
         return f'the loss is no longer a number. Change{half} {_keys(recipe, "learning_rate", "warmup", "max_grad_norm")}, and look at the examples of this step'
     if _worker_died(e): return f'a process that feeds the trainer died, most often for want of memory. Lower {_keys(recipe, "workers")}, to 0 to see its own error'
+    if _disk_full(e): return f'no room on the disk. Free some, or lower {_keys(recipe, "keep")}, and run again: the run goes on from its last checkpoint'
     return None
 
 # %% ../../nbs/train/watch.ipynb #82432da3
@@ -208,7 +213,7 @@ def explained(
     "Adds advice to what ends a run; raises TrainError."
     try: yield
     except TrainError: raise
-    except (RuntimeError, ArithmeticError, MemoryError) as e:
+    except (RuntimeError, ArithmeticError, MemoryError, OSError) as e:
         said = advice(e, recipe)
         if said is None: raise
         raise TrainError(f'step {where.at}: {said}. ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no more is said"})') from e
