@@ -79,6 +79,8 @@ def test_a_process_that_fails_is_an_error_with_its_last_words(capsys):
 
 
 def test_train_and_dry_run_from_the_command_line(tmp_path, capsys):
+    assert main(["train", "mmwalk/tiny", *SMALL, "--skip-model", "--out", str(tmp_path)]) == 2
+    assert "--skip-model belongs to --dry-run" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert main(["train", "mmwalk/tiny", *SMALL, "--dry-run", "--skip-model"]) == 0
     said = capsys.readouterr().out
     assert "⟦" in said and "predicted memory" in said and "forward and backward" not in said

@@ -106,10 +106,11 @@ def merge(
 
     from vlm_repro.train.export import agreement, base_of
     from vlm_repro.train.export import merge as put_together
-    folder = put_together(adapter, out, base or None, dtype)
-    typer.echo(f'{folder}: merged')
-    if not samples: return
     with tempfile.TemporaryDirectory() as pictures:
-        found = agreement(base_of(adapter, base or None), adapter, folder, _requests(check, parameter, pictures), samples)
+        asked = _requests(check, parameter, pictures) if samples else []
+        folder = put_together(adapter, out, base or None, dtype)
+        typer.echo(f'{folder}: merged')
+        if not samples: return
+        found = agreement(base_of(adapter, base or None), adapter, folder, asked, samples)
     typer.echo(str(found))
     if not found.ok: raise typer.Exit(1)

@@ -66,6 +66,7 @@ def train(
     """
     from pathlib import Path
 
+    if skip_model and not dry: raise ValueError('--skip-model belongs to --dry-run: add it, or leave --skip-model out')
     from vlm_repro.cli_run import parse_pairs
     from vlm_repro.train.launch import train_folder
     from vlm_repro.train.recipe import load_recipe
