@@ -34,17 +34,17 @@ def lines(root: Path) -> list[dict[str, Any]]:
 
 def run_here(folder: Path, root: Path, nproc: int, n: int) -> dict[str, Any]:
     """Start or continue the run in this process, or in processes that it starts; when the first new row came, counted from the loaded model."""
-    import shots
     import torch
 
     from vlm_repro.core.generate import generate
-    from vlm_repro.core.runs import open_run
+    from vlm_repro.core.records import Request, to_row
+    from vlm_repro.core.runs import open_run, pin
     from vlm_repro.models.protocol import load_model
     torch.set_num_threads(1)
     held = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
-    from vlm_repro.core.records import Request
     requests = [Request(r["id"], r["messages"], "ours") for r in held][:n]
     model, run = load_model(str(folder / "model")), open_run(root, {"what": "a benchmark"})
+    pin(run, "samples", [{"id": r.id, "request": to_row(r)} for r in requests])
     before, loaded, seen = len(lines(root)), time.perf_counter(), {}
 
     def watch() -> None:
@@ -52,13 +52,12 @@ def run_here(folder: Path, root: Path, nproc: int, n: int) -> dict[str, Any]:
             if len(lines(root)) > before: seen["first_s"] = time.perf_counter() - loaded
             time.sleep(0.02)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    report = generate(model, requests, run, BATCH, NEW, strict=True, progress=False, nproc=nproc)
-    seen["over"] = True
+    try: report = generate(model, requests, run, BATCH, NEW, strict=True, progress=False, nproc=nproc)
+    finally: seen["over"] = True
     watcher.join()
     run.close()
-    assert shots
     in_processes = [a.first_s for a in report.accounts if a.first_s]
     return {"made": report.made, "reused": report.reused, "first_s": min(in_processes) if nproc > 1 and in_processes else seen["first_s"], "load_s": [a.load_s for a in report.accounts]}
 
