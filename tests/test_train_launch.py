@@ -114,3 +114,16 @@ def test_a_signal_to_the_command_reaches_every_process_and_the_same_command_goes
     assert 3 <= reached < 40 and not (tmp_path / "adapter").exists()
     ended = subprocess.run([*words, "-p", "log_every", "2"], capture_output=True, text=True)
     assert ended.returncode == 0 and f"going on from step {reached}" in ended.stdout and "step 40/40" in ended.stdout
+
+
+@pytest.mark.slow
+def test_a_papers_training_takes_the_processes_of_the_run(tmp_path, capsys):
+    from vlm_repro.cli_run import parse_pairs
+    from vlm_repro.train.paper import tune
+
+    changes = parse_pairs(f"{a}={b}" for a, b in zip(SMALL[1::3], SMALL[2::3]))
+    recipe = load_recipe("mmwalk/tiny", **changes)
+    trained = tune(recipe, tmp_path, nproc=2, device="cpu")
+    assert "--nproc-per-node 2" in capsys.readouterr().out and trained.steps == trained.of == 2
+    assert tune(recipe, tmp_path, nproc=3, device="cpu").weights == trained.weights  # finished: taken as it is
+    assert "--nproc-per-node" not in capsys.readouterr().out
