@@ -101,14 +101,15 @@ def first_logits(model: Any, requests: list[Any]) -> Any:
         return filled.logits[torch.tensor(order).argsort()].cpu()
 
 
-def apart(model: Any, requests: list[Any]) -> float:
-    """How far shared reading moves a logit l, at most, in units of 1 + |l|, over the first eight queries."""
+def apart(model: Any, requests: list[Any]) -> dict[str, float]:
+    """How far shared reading moves a logit l, at most, in units of 1 + |l|, over the first eight queries; and how far a plain batch of them does, padding being all that differs."""
     from dataclasses import replace
 
     import torch
     alone = replace(model, reader=None)
     single = torch.cat([first_logits(alone, [r]) for r in requests[:8]])
-    return float(((first_logits(forget(model), requests[:8]).float() - single.float()).abs() / (1 + single.float().abs())).max())
+    def moved(other: Any) -> float: return float(((first_logits(other, requests[:8]).float() - single.float()).abs() / (1 + single.float().abs())).max())
+    return {"logits_apart": moved(forget(model)), "in_a_plain_batch": moved(alone)}
 
 
 def compare(ways: dict[str, Any], exact: bool) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def main() -> None:
         for shots in (3, 0):
             requests = asked(folder / f"images{shots}", n, shots, SIDE.get(options.shape, SIDE["other"]))
             ways = {**{f"ours_{b}": lambda b=b, r=requests: ours(model, r, b) for b in sizes}, "plain": lambda r=requests: plain(processor, model.net, r)}
-            equal[f"{shots} shots"] = {**compare(ways, exact), "prompt_tokens": model.measure(requests[0]).total, "logits_apart": apart(model, requests)}
+            equal[f"{shots} shots"] = {**compare(ways, exact), "prompt_tokens": model.measure(requests[0]).total, **apart(model, requests)}
             rounds[f"{shots} shots"] = slim(interleaved(ways, 1 if options.quick else options.rounds, f"{shots} shots"))
             if shots == 3: best, three = min(sizes, key=lambda b: least(rounds["3 shots"], f"ours_{b}", "response_wall_s")), requests
         figures = {"at_3_shots": gain(rounds["3 shots"]), "at_0_shots": gain(rounds["0 shots"]), "logits_apart": max(e["logits_apart"] for e in equal.values())}
