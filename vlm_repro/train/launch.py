@@ -17,10 +17,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..core.processes import torchrun_patience
 from ..core.runs import default_out
 from ..core.slurm import Job, slurm_script, submit_job
 from .recipe import Recipe, TrainError, identity, save_recipe
@@ -53,12 +53,6 @@ def _program() -> str:
     beside = Path(sys.executable).with_name('vlm-repro')
     return str(beside) if beside.exists() else shutil.which('vlm-repro') or 'vlm-repro'
 
-def _patience() -> list[str]:
-    "Time for a checkpoint after a signal, where this torchrun lets one say so; older ones give half a minute."
-    found = find_spec('torch')
-    runner = Path(found.submodule_search_locations[0])/'distributed'/'run.py' if found else Path('none')
-    return ['--shutdown-timeout', '600'] if runner.exists() and '--shutdown-timeout' in runner.read_text(encoding='utf-8') else []
-
 def torchrun(
     machines:Machines, # processes and machines
     recipe:str|Path, # a file, the same for every process
@@ -66,7 +60,7 @@ def torchrun(
 ) -> list[str]: # words of a command
     "What starts the processes of one machine."
     where = ['--standalone'] if machines.nnodes == 1 else ['--nnodes', str(machines.nnodes), '--rdzv-backend', 'c10d', '--rdzv-endpoint', machines.meet]
-    return [sys.executable, '-m', 'torch.distributed.run', *where, *_patience(), '--nproc-per-node', str(machines.nproc), '--no-python', _program(), 'train', str(recipe), '--out', str(out)]
+    return [sys.executable, '-m', 'torch.distributed.run', *where, *torchrun_patience(600), '--nproc-per-node', str(machines.nproc), '--no-python', _program(), 'train', str(recipe), '--out', str(out)]
 
 # %% ../../nbs/train/launch.ipynb #216b17a9
 def slurm_job(
@@ -78,7 +72,7 @@ def slurm_job(
     "The job that trains a recipe; raises SlurmError for an unknown parameter, with near names."
     first = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
     place = f'--nnodes {machines.nnodes} --node-rank "$SLURM_NODEID" --master-addr "{first}" --master-port "$((20000 + SLURM_JOB_ID % 20000))"'
-    rest = shlex.join([*_patience(), '--nproc-per-node', str(machines.nproc), '--no-python', _program(), 'train', str(recipe), '--out', str(out)])
+    rest = shlex.join([*torchrun_patience(600), '--nproc-per-node', str(machines.nproc), '--no-python', _program(), 'train', str(recipe), '--out', str(out)])
     command = ['bash', '-c', f'exec {shlex.quote(sys.executable)} -m torch.distributed.run {place} {rest}']
     return Job(name, Path(out)/'slurm', shlex.join(command), machines.slurm or {}, gpus=machines.nproc, nodes=machines.nnodes)
 
