@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_toy import FULL, losses, toy_recipe
+from train_toy import FULL, TOY, losses, toy_recipe
 
 from vlm_repro.models.transformers import add_adapter, load_net
 from vlm_repro.train.checkpoints import last_checkpoint
+from vlm_repro.train.data import pool
 from vlm_repro.train.loop import fine_tune
+from vlm_repro.train.order import Order
+from vlm_repro.train.setup import load_processor
+from vlm_repro.train.watch import read_log
 
 FAMILY = "qwen2_vl"
 TEXT = {"n": 26, "text_every": 2}
@@ -67,3 +71,20 @@ def test_two_processes_that_are_stopped_go_on_as_if_nothing_was(toy, tmp_path, s
     assert last_checkpoint(tmp_path).name == "checkpoint-3"
     assert two(toy, tmp_path, what).returncode == 0
     assert losses(tmp_path) == pytest.approx(losses(toy / "lora"), rel=1e-4) and len(losses(tmp_path)) == 5
+
+
+def test_a_step_of_which_nothing_can_be_read_is_skipped_by_both(toy, tmp_path):
+    what = changes({}, data={"n": 13, "data_root": str(tmp_path / "pictures")}, epochs=2, micro_batch=1, tuning={**TOY["tuning"], "dropout": 0.0})
+    recipe = toy_recipe(toy, **what)
+    found = pool(recipe.data, load_processor(recipe), recipe)
+    order = Order(found.groups, found.lengths, recipe)
+    (last,) = order[order.per_epoch - 1].examples
+    torn = tmp_path / "pictures" / f"{found[last].id}.jpg"
+    torn.write_bytes(torn.read_bytes()[:-30])
+    fine_tune(recipe, tmp_path / "one", progress=False)
+    done = two(toy, tmp_path / "two", what)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, both = ([(row["loss"], row["learning_rate"]) for row in read_log(tmp_path / name / "log.jsonl")] for name in ("one", "two"))
+    assert [loss is None for loss, _ in one] == [loss is None for loss, _ in both] and both[2][0] is None
+    assert [x for row in both for x in row if x is not None] == pytest.approx([x for row in one for x in row if x is not None], rel=1e-4)
+    assert len((tmp_path / "two" / "skipped.jsonl").read_text().splitlines()) == 2
