@@ -1,6 +1,5 @@
 """GPT4Scene, the metric side: shape glue between the golden vectors and the package's functions."""
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,14 @@ def scanrefer(given: Any, data: Path) -> dict[str, Any]:
     except ZeroDivisionError as e: return {'error': type(e).__name__}
 
 
-def multi3dref(given: Any, data: Path, plain: bool = False) -> dict[str, float]:
+def multi3dref(given: Any, data: Path) -> dict[str, float]:
     scenes = score_grounding.scene_boxes(given['proposals'], given['gt'])
-    return score_grounding.published_multi3dref([row_of(r) for r in given['preds']], [r['pred'] for r in given['preds']], scenes, plain)
+    return score_grounding.published_multi3dref([row_of(r) for r in given['preds']], [r['pred'] for r in given['preds']], scenes)
+
+
+def multi3dref_base_model(given: Any, data: Path) -> dict[str, float]:
+    scenes = score_grounding.scene_boxes(given['proposals'], given['gt'])
+    return score_grounding.published_multi3dref([row_of(r) for r in given['preds']], [r['pred'] for r in given['preds']], scenes, plain=True)
 
 
 def scan2cap_gating(given: Any, data: Path) -> dict[str, Any]:
@@ -111,7 +115,7 @@ ADAPTERS: dict[str, Callable[[Any, Path], Any]] = {
     'box3d_iou': box3d_iou,
     'scanrefer': scanrefer,
     'multi3dref': multi3dref,
-    'multi3dref_base_model': partial(multi3dref, plain=True),
+    'multi3dref_base_model': multi3dref_base_model,
     'scan2cap_gating': scan2cap_gating,
     'scan2cap_full': scan2cap_full,
     'unique_multiple': unique_multiple,
