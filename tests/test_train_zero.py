@@ -73,7 +73,8 @@ def test_two_processes_that_are_stopped_go_on_as_if_nothing_was(toy, tmp_path, s
     assert losses(tmp_path) == pytest.approx(losses(toy / "lora"), rel=1e-4) and len(losses(tmp_path)) == 5
 
 
-def test_a_step_of_which_nothing_can_be_read_is_skipped_by_both(toy, tmp_path):
+@pytest.mark.parametrize("stage", [None, 2, 3], ids=["no DeepSpeed", "ZeRO-2", "ZeRO-3"])
+def test_a_step_of_which_nothing_can_be_read_is_skipped_by_both(toy, tmp_path, stage):
     what = changes({}, data={"n": 13, "data_root": str(tmp_path / "pictures")}, epochs=2, micro_batch=1, tuning={**TOY["tuning"], "dropout": 0.0})
     recipe = toy_recipe(toy, **what)
     found = pool(recipe.data, load_processor(recipe), recipe)
@@ -82,7 +83,7 @@ def test_a_step_of_which_nothing_can_be_read_is_skipped_by_both(toy, tmp_path):
     torn = tmp_path / "pictures" / f"{found[last].id}.jpg"
     torn.write_bytes(torn.read_bytes()[:-30])
     fine_tune(recipe, tmp_path / "one", progress=False)
-    done = two(toy, tmp_path / "two", what)
+    done = two(toy, tmp_path / "two", {**what, **({"deepspeed": {"stage": stage}} if stage else {})})
     assert done.returncode == 0, done.stderr[-3000:]
     one, both = ([(row["loss"], row["learning_rate"]) for row in read_log(tmp_path / name / "log.jsonl")] for name in ("one", "two"))
     assert [loss is None for loss, _ in one] == [loss is None for loss, _ in both] and both[2][0] is None

@@ -121,7 +121,8 @@ class Tuner(Trainer):
     def _leave_out(self) -> torch.Tensor:
         "A step of which nothing could be read: every process leaves weights and optimizer as they are, and the schedule goes on."
         self.accelerator.gradient_state._set_sync_gradients(self.accelerator.scaler is None)
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED: self.model_wrapped.lr_scheduler.step()
+        inner = getattr(self.model_wrapped, 'lr_scheduler', None)  # DeepSpeed steps a schedule of its own with the optimizer; the trainer's is stepped by the trainer
+        if inner is not None: inner.step()
         return torch.zeros((), device=self.args.device)
 
     def _clip_grad_norm(self, model:torch.nn.Module) -> Any: return 0. if self.run.idle else super()._clip_grad_norm(model)
