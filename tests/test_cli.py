@@ -365,3 +365,11 @@ def test_installed_as_a_program():
 def test_the_parameters_of_a_page_are_found(paper):
     found = paper_parameters(paper)
     assert {'model', 'data_root', 'out', 'seed', 'limit', 'batch_size', 'nproc', 'server'} <= found.keys() and all(p.help for p in found.values())
+
+
+def test_the_module_runs_where_the_program_is_not_on_the_path(folder, capsys):
+    here = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, '-m', 'vlm_repro.cli', 'show', str(folder), 'count-812'], capture_output=True, text=True, cwd=here)
+    assert done.returncode == 0 and done.stdout == call(capsys, 'show', folder, 'count-812')[1]
+    done = subprocess.run([sys.executable, '-m', 'vlm_repro.cli', 'show', str(folder/'no'), 'x'], capture_output=True, text=True, cwd=here)
+    assert done.returncode == 2 and done.stderr.startswith('error: ')

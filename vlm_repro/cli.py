@@ -255,3 +255,6 @@ def doctor(
     found = look(deep, server)
     typer.echo(str(found if everything else found.brief()))
     if found.problems: raise typer.Exit(1)
+
+# %% ../nbs/cli.ipynb #c70dacfd
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook, which has no file
