@@ -64,17 +64,32 @@ def test_prepared_ahead_or_not_the_answers_are_the_same(tmp_path):
     assert lines[0] == lines[1] and len(lines[0]) == 12
 
 
+class Together(Halves):
+    """Answers a batch only once the next one is prepared: without a second thread it would wait for ever."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.left, self.ready = batches, threading.Semaphore(0)
+
+    def prepare(self, requests):
+        made = super().prepare(requests)
+        self.ready.release()
+        return made
+
+    def answer(self, prepared, n):
+        self.left -= 1
+        needed = 2 if not any(what == 'answer' for what, *_ in self.seen) else 1 if self.left else 0
+        for _ in range(needed): assert self.ready.acquire(timeout=60), 'the next batch was not prepared meanwhile'
+        return super().answer(prepared, n)
+
+
 def test_the_next_batch_is_prepared_in_another_thread_while_this_one_is_answered(tmp_path):
-    model, run = Halves(.03, .03), open_run(tmp_path/'run', {'seed': 0})
-    start = time.perf_counter()
-    generate(model, _requests(), run, 2, 10, progress=False)
-    assert time.perf_counter() - start < 12*.03 + .3  # one after the other: 12 steps, and more on a busy machine
+    model, run = Together(6), open_run(tmp_path/'run', {'seed': 0})
+    assert generate(model, _requests(), run, 2, 10, progress=False).made == 12
     assert {who for what, who, _ in model.seen if what == 'prepare'} == {'prepare'}
     assert {who for what, who, _ in model.seen if what == 'answer'} == {threading.current_thread().name}
-    order = [(what, ids) for what, _, ids in model.seen]
-    batches = [ids for what, ids in order if what == 'answer']
-    assert batches == [ids for what, ids in order if what == 'prepare']
-    assert any(order.index(('prepare', b)) < order.index(('answer', a)) for a, b in zip(batches, batches[1:]))
+    batches = [ids for what, _, ids in model.seen if what == 'answer']
+    assert batches == [ids for what, _, ids in model.seen if what == 'prepare'] and len(batches) == 6
     run.close()
 
 
