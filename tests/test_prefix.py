@@ -15,8 +15,8 @@ from vlm_repro.models.families import FAMILIES, random_checkpoint
 from vlm_repro.models.features import Bounded, encode_once, whole
 from vlm_repro.models.inputs import encode
 from vlm_repro.models.prefix import LEAST, PrefixTree, common, prefix_keys, shared_ends
+from vlm_repro.models.prompts import as_prompt, why_not
 from vlm_repro.models.protocol import ModelError, Prepared, Staged, load_model
-from vlm_repro.models.sharing import as_prompt, why_not
 from vlm_repro.models.transformers import inputs_of
 
 torch.set_num_threads(1)

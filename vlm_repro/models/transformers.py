@@ -27,8 +27,9 @@ from ..core.records import Generation, Request, failed
 from .convert_config import is_original
 from .inputs import Encoded, Preparer, VisualCounter, collate, encode, image_settings, load_preparer, measure, render, set_budget, tokenizer_of
 from .prefix import prefix_keys
+from .prompts import why_not
 from .protocol import Lengths, ModelError, Prepared, Spec, tiny_checkpoint
-from .sharing import Reader, end_tokens, why_not
+from .sharing import Reader, end_tokens
 
 # %% ../../nbs/models/transformers.ipynb #7f627647
 _PATTERNS, _TWICE = ['*.json', '*.safetensors', '*.jinja', '*.txt', '*.model'], ['consolidated*', '*/*.safetensors']

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..core.assets import asset, assets_root
 from ..core.records import digest
-from ..core.text import columns, near
+from ..core.text import columns, in_words, near
 
 # %% ../../nbs/train/recipe.ipynb #f67ce1c3
 class RecipeError(ValueError):
@@ -376,20 +376,13 @@ def identity(
     return digest({k: v for k, v in to_values(recipe).items() if k not in ('name', 'sources', 'report', 'workers', 'log_every', 'keep')})
 
 # %% ../../nbs/train/recipe.ipynb #7bac4adc
-def _said(value:Any) -> str:
-    if isinstance(value, bool): return str(value).lower()
-    if isinstance(value, float): return f'{value:g}'
-    if isinstance(value, (list, tuple)): return ', '.join(_said(v) for v in value) or 'none'
-    if isinstance(value, Mapping): return ', '.join(f'{k} {_said(v)}' for k, v in value.items()) or 'none'
-    return 'none' if value is None else str(value)
-
 def recipe_rows(
     recipe:Recipe, # any
 ) -> list[tuple[str, str, str]]: # key, value, where from
     "One row a value."
     shown = flat({k: v for k, v in to_values(recipe).items() if k != 'sources'})
     find = lambda key: recipe.sources.get(key) or next((v for k, v in recipe.sources.items() if k.startswith(f'{key}.') or key.startswith(f'{k}.')), DEFAULT)
-    return [(key, _said(value), find(key)) for key, value in shown.items()]
+    return [(key, in_words(value), find(key)) for key, value in shown.items()]
 
 def _recipe_text(self:Recipe) -> str: return columns(recipe_rows(self), ['key', 'value', 'where from'])
 
