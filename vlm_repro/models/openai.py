@@ -304,7 +304,8 @@ async def _all(self:OpenAIModel, requests:Sequence[Request], max_new_tokens:int,
 async def _send(self:OpenAIModel, client:openai.AsyncOpenAI, sent:Wire, max_new_tokens:int) -> ChatCompletion:
     "One attempt."
     async with asyncio.timeout(self.timeout):
-        return await client.chat.completions.create(model=self.model, messages=sent.messages, **{self.token_field: max_new_tokens}, **self.body)
+        # messages are in their final form; as an argument they would be walked through once more, which takes as long as the rest of a call
+        return await client.chat.completions.create(model=self.model, messages=[], extra_body={'messages': sent.messages, self.token_field: max_new_tokens, **self.body})
 
 OpenAIModel._all, OpenAIModel._send = _all, _send
 
