@@ -120,6 +120,7 @@ def test_odd_values_make_odd_folders_safe(tmp_path, book):
 # ---------------------------------------------------------------- running it
 
 
+@pytest.mark.slow
 def test_one_failure_leaves_the_others_alone_and_the_same_command_runs_what_is_missing(tmp_path, book, capsys):
     words = ["sweep", str(book), "-g", "x=1,2,3", "-p", "text", "a friend's $HOME; data", "--jobs", "2", "--out", str(tmp_path / "s")]
     text = said(capsys, *words, code=1)
