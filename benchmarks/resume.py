@@ -122,7 +122,7 @@ def prepare(folder: Path, shape: str, n: int) -> None:
     import shots
     folder.mkdir()
     shapes.build(folder / "model", shape)
-    requests = shots.asked(folder / "images", n, 0, shots.SIDE["tiny"])
+    requests = shots.asked(folder / "images", n, 1, 0, shots.SIDE["tiny"])
     (folder / "asked.json").write_text(json.dumps([{"id": r.id, "messages": r.messages} for r in requests]), encoding="utf-8")
 
 
