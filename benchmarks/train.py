@@ -179,7 +179,7 @@ def watched() -> Iterator[dict[str, Any]]:
     """Times `Trainer.train`, and counts the positions that the model computes and the bytes that its head returns."""
     from transformers import Trainer
 
-    from vlm_repro.train.loss import unwrapped
+    from vlm_repro.train.parts import unwrap
     seen: dict[str, Any] = {"positions": 0, "logits_bytes": 0, "head_positions": 0}
     original = Trainer.train
 
@@ -190,7 +190,7 @@ def watched() -> Iterator[dict[str, Any]]:
         seen["logits_bytes"] = max(seen["logits_bytes"], logits.numel() * logits.element_size())
 
     def train(self: Trainer, *args: Any, **named: Any) -> Any:
-        net = unwrapped(self.model)
+        net = unwrap(self.model)
         net.register_forward_pre_hook(count_positions, with_kwargs=True)
         net.lm_head.register_forward_hook(count_logits)
         seen["before_bytes"] = peak_bytes()

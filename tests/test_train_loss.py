@@ -14,7 +14,8 @@ from transformers.modeling_flash_attention_utils import _is_packed_sequence, pre
 from vlm_repro.models.families import FAMILIES
 from vlm_repro.models.inputs import tokenizer_of
 from vlm_repro.train.batches import Collator
-from vlm_repro.train.loss import LabelError, supervised_loss, supervised_tokens, unwrapped
+from vlm_repro.train.loss import LabelError, supervised_loss, supervised_tokens
+from vlm_repro.train.parts import unwrap
 from vlm_repro.train.render import IGNORED, Example, Rendered, render_example
 
 torch.set_num_threads(1)
@@ -248,7 +249,7 @@ def test_it_works_through_peft_and_other_wrappers(family, packing):
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj", task_type="CAUSAL_LM"))
     try:
         wrapped.module = adapted
-        assert unwrapped(wrapped) is model
+        assert unwrap(wrapped) is model
         with head_shapes(model) as shapes: losses = [supervised_loss(m, batch, n) for m in (adapted, wrapped)]
         assert all(abs(x.item() - loss) < 1e-5 for x in losses)
         assert {torch.Size(s[:-1]).numel() for s in shapes} == {n}

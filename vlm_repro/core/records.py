@@ -6,12 +6,12 @@ Docs: https://vlm-repro.github.io/vlm_repro/core/records.html.md"""
 
 # %% auto #0
 __all__ = ['Messages', 'R', 'ERROR_LABELS', 'MediaRef', 'Sample', 'Request', 'Generation', 'failed', 'Answer', 'Score', 'to_row',
-           'from_row', 'digest']
+           'from_row', 'paired', 'digest']
 
 # %% ../../nbs/core/records.ipynb #6a042e22
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -124,6 +124,17 @@ def from_row(
     if cls is Sample: known['media'] = tuple(MediaRef(**m) for m in known['media'])
     if cls is Request: return cls(**known)
     return cls(**{k: _tuples(v) for k, v in known.items()})
+
+# %% ../../nbs/core/records.ipynb #aa387fb1
+def paired(
+    samples:Sequence[Sample], # what was asked
+    answered:Sequence[R], # generations or answers, in the same order
+) -> list[tuple[Sample, R]]: # each with its sample
+    "Samples beside what was answered to them; raises ValueError if they do not belong together."
+    pairs = list(zip(samples, answered, strict=True))
+    for s, a in pairs:
+        if s.id != a.id: raise ValueError(f'the answer to {a.id} stands where {s.id} is asked: pair them by id first')
+    return pairs
 
 # %% ../../nbs/core/records.ipynb #30d63d4c
 def digest(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.records import Answer, Sample, Score
+from ..core.records import Answer, Sample, Score, paired
 from ..metrics.captions import REDUCTIONS, caption_statistics, document_frequencies
 from ..metrics.meteor import MeteorAbsent, meteor_score, meteor_statistics
 from ..metrics.ptb import tokenize, tokenize_published
@@ -109,9 +109,7 @@ def said_by(
     answers:Sequence[Answer], # one a sample
 ) -> list[str]: # empty where there is no answer
     "The texts of answers; raises ValueError if samples and answers do not belong together."
-    for s, a in zip(samples, answers, strict=True):
-        if s.id != a.id: raise ValueError(f'the answer to {a.id} stands where {s.id} is asked: pair them by id first')
-    return [a.value or '' for a in answers]
+    return [a.value or '' for _, a in paired(samples, answers)]
 
 def scores_from(
     ids:Sequence[str], # of the texts measured

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.records import Answer, Sample, Score
+from ..core.records import Answer, Sample, Score, paired
 from ..core.runs import RunFolder
 from ..metrics.judge import Judge, JudgeItem, JudgePrompt, ModelJudge, RuleJudge, collect, estimate, failed_scores, read_prompt, scores_of
 from ..metrics.statistics import Interval, by_group, clustered_interval, macro_mean, mean
@@ -93,9 +93,7 @@ def items_of(
     answers:Sequence[Answer], # one a sample
 ) -> list[JudgeItem]: # the answers that can be judged
     "What a judge is given; raises ValueError if samples and answers do not belong together."
-    for s, a in zip(samples, answers, strict=True):
-        if s.id != a.id: raise ValueError(f'the answer to {a.id} stands where {s.id} is asked: pair them by id first')
-    return [JudgeItem(s.id, s.question, s.gold, a.value or '', s.meta['category']) for s, a in zip(samples, answers, strict=True) if not a.error]
+    return [JudgeItem(s.id, s.question, s.gold, a.value or '', s.meta['category']) for s, a in paired(samples, answers) if not a.error]
 
 def measure(
     samples:Sequence[Sample], # in the order of the answers

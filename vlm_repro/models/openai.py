@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/models/openai.html.md"""
 
 # %% auto #0
 __all__ = ['T', 'NO_KEY', 'OPENAI_URL', 'data_url', 'Wire', 'wire', 'BadReply', 'Fault', 'retry_after', 'fault_of', 'reply_text',
-           'read_reply', 'Patience', 'run_async', 'stream_async', 'OpenAIModel', 'load_openai']
+           'read_reply', 'Patience', 'stream_async', 'OpenAIModel', 'load_openai']
 
 # %% ../../nbs/models/openai.ipynb #e1bd2020
 import asyncio
@@ -210,12 +210,6 @@ def _running(main:Coroutine[Any, Any, T]) -> Iterator[Future[T]]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
-
-def run_async(
-    main:Coroutine[Any, Any, T], # what to run
-) -> T: # its result
-    "Run a coroutine to its end, whether or not a loop is already running here."
-    with _running(main) as future: return future.result()
 
 def stream_async(
     main:Callable[[Callable[[T], None]], Coroutine[Any, Any, None]], # takes what is to be called with each result

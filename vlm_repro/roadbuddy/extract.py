@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..core.records import Answer, Generation, Sample
+from ..core.records import Answer, Generation, Sample, paired
 from ..core.tasks import one_of
 from .annotations import body_of, choices_of, letter_of, nfc
 
@@ -197,6 +197,4 @@ def extract(
 ) -> list[Answer]: # one a generation and extractor
     "Reads every answer; raises ValueError for an extractor that does not exist, or answers of other questions."
     for name in extractors: one_of('extractor', name, tuple(EXTRACTORS))
-    for g, s in zip(generations, samples, strict=True):
-        if g.id != s.id: raise ValueError(f'the answer to {g.id} stands where {s.id} is asked: pair them by id first')
-    return [extract_one(g, s, name) for g, s in zip(generations, samples, strict=True) for name in extractors]
+    return [extract_one(g, s, name) for s, g in paired(samples, generations) for name in extractors]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.records import ERROR_LABELS, Answer, Sample, Score
+from ..core.records import ERROR_LABELS, Answer, Sample, Score, paired
 from ..metrics.statistics import clustered_interval, mean
 from ..report.published import Cell, Cells
 from .annotations import body_of, choices_of, letter_of, nfc
@@ -62,9 +62,7 @@ def measure(
     answers:Sequence[Answer], # of both extractors
 ) -> list[Score]: # one an answer, in order
     "The scores of all answers; raises ValueError if samples and answers do not belong together."
-    for s, a in zip(samples, answers, strict=True):
-        if s.id != a.id: raise ValueError(f'the answer to {a.id} stands where {s.id} is asked: pair them by id first')
-    return [score_one(s, a) for s, a in zip(samples, answers, strict=True)]
+    return [score_one(s, a) for s, a in paired(samples, answers)]
 
 # %% ../../nbs/roadbuddy/score.ipynb #b9b93664
 class AnswerCounts(dict[str, dict[str, int]]):
