@@ -315,6 +315,12 @@ def test_importing_is_light():
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
 
 
+def test_torch_computes_after_decord_was_imported():
+    code = 'import decord, torch; print((torch.ones(64, 64) @ torch.ones(64, 64)).sum().item()); print("nvblas" in open("/proc/self/maps").read())'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ['262144.0', 'False']), done.stderr
+
+
 def test_the_same_frames_give_the_same_file(tmp_path):
     assert len({write_clip(tmp_path/f'{k}.mp4', drawn(40, (160, 90)), gop=12).read_bytes() for k in range(4)}) == 1
 
