@@ -214,13 +214,16 @@ def _json_html(value:Any) -> str:
     return _el('pre', html.escape(json.dumps(value, indent=2, ensure_ascii=False, default=str)), f'{_TEXT};font-size:12px')
 
 # %% ../../nbs/report/tables.ipynb #ed804496
+def _no_table(data:RunData) -> str:
+    return 'No table: no question of this run has a gold answer to score against.' if data.complete else 'No table yet: the run is not scored.'
+
 def report_html(
     run:'str|Path|RunFolder|RunData', # a run, complete or not
     media_kb:int=16_000, # how much of the page may be pictures of samples, in kilobytes
 ) -> str: # a whole HTML document that loads nothing
     "A run as one self-contained page: settings, tables, figures, every sample, manifest."
     data = load_run(run)
-    tables = score_table(data).html if data.table else '<p>No table yet: the run is not scored.</p>' + banner(data.watermark)
+    tables = score_table(data).html if data.table else _el('p', _no_table(data)) + banner(data.watermark)
     reasons = sorted({f'{c["status"]}: {c["reason"]}' for c in data.table if c.get('status') and c.get('reason')})
     samples = in_frame(browse(data).html(media_kb), 900)
     state = '' if data.complete else banner('This run is not complete.')
