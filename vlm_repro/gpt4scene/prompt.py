@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.jsonl import DataError
-from ..core.records import MediaRef, Messages, Request, Sample
+from ..core.records import Messages, Request, Sample
 from ..core.tasks import one_of
 from .images import BEV, ImageSettings, image_parts_of, select_media
 from .rows import BENCHMARKS
