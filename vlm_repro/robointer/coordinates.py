@@ -207,7 +207,7 @@ def frame_doubt(
     if not places.xy or places.frame.kind in kinds: return ''
     w, h = places.frame.extent
     told = ' or '.join(kinds) if kinds else 'no known frame'
-    return f'{places.written()!r:.80} do not fit {places.frame.kind} (0..{w:g} x 0..{h:g}); they fit {told}'
+    return f'{list(map(list, places.xy))!r:.80} do not fit {places.frame.kind} (0..{w:g} x 0..{h:g}); they fit {told}'
 
 # %% ../../nbs/robointer/coordinates.ipynb #16a5af0c
 def _numbers(value:Any) -> Iterator[float]:
