@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.jsonl import DataError, Problem
-from .rows import ValRow, val_row
 from ..metrics.ptb import breaks_lines
+from .rows import ValRow, val_row
 
 # %% ../../nbs/gpt4scene/annotations.ipynb #74bbfca8
 RESTORE = 'fetch the file again'

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ..core.jsonl import DataError, Problem
-from .annotations import RESTORE
 from ..metrics.boxes3d import Boxes, stored
+from .annotations import RESTORE
 
 # %% ../../nbs/gpt4scene/attributes.ipynb #cbcd9754
 OBJECTS, PROPOSALS = 'scannet_val_attributes.pt', 'scannet_mask3d_val_attributes.pt'

@@ -22,7 +22,7 @@ from ..core.jsonl import DataError, Problem, stop_on
 from ..core.records import MediaRef, Sample, digest
 from ..core.tasks import Dataset
 from ..core.worlds import MARKER
-from .annotations import CORPUS, FILES, IMAGE_FOLDERS, LISTS, corpus_oddities, oddities, read_image_list, read_rows
+from .annotations import FILES, IMAGE_FOLDERS, LISTS, corpus_oddities, oddities, read_image_list, read_rows
 from .rows import BENCHMARKS, ValRow, sample_of
 from .truth import NEEDS, Truth, annotation_folder, misfit, truth
 

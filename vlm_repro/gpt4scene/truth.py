@@ -17,7 +17,7 @@ from pathlib import Path
 from ..core.jsonl import DataError, Problem
 from .annotations import CORPUS, FILES, LOOKUP, read_corpus, read_json, read_lookup
 from .attributes import OBJECTS, PROPOSALS, read_attributes
-from .rows import ValRow, val_row
+from .rows import ValRow
 from .score_caption import object_key
 from .score_grounding import TARGETS, SceneBoxes, scene_boxes, unique_lookup
 
