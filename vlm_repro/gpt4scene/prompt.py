@@ -17,7 +17,7 @@ from typing import Any
 from ..core.jsonl import DataError
 from ..core.records import Messages, Request, Sample
 from ..core.tasks import one_of
-from .images import BEV, ImageSettings, image_parts_of, select_media
+from .images import ImageSettings, image_parts_of, is_bev, select_media
 from .rows import BENCHMARKS
 
 # %% ../../nbs/gpt4scene/prompt.ipynb #77f969f5
@@ -107,7 +107,7 @@ def render(
     if not settings.zero_shot: return Request(sample.id, [user_turn(images, sample.question)], 'verbatim' if official else 'ours')
     if grid is None: raise ValueError(f'{sample.id}: a zero-shot prompt shows its frames in one grid; give the picture')
     shown = select_media(sample.media, settings.bev)
-    above = [p for p, m in zip(images, shown, strict=True) if m.name == BEV]
+    above = [p for p, m in zip(images, shown, strict=True) if is_bev(m)]
     system, instruction, examples, provenance = _chosen(sample.meta['benchmark'], 'system' if above else 'only_frames', settings.texts)
     text = zero_shot_text(sample.question, instruction, examples)
     head = {'role': 'system', 'content': [_text(system.replace('{frames}', str(len(shown) - len(above))))]}
