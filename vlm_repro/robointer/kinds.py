@@ -11,7 +11,7 @@ __all__ = ['FAMILIES', 'KINDS', 'PLANNING', 'Kind', 'kind_of', 'planning_kind', 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..core.text import columns, near
+from ..core.text import near
 
 # %% ../../nbs/robointer/kinds.ipynb #a86d95ad
 FAMILIES = ('box', 'point', 'trace', 'choice', 'decide', 'text')
