@@ -74,7 +74,7 @@ def test_the_card_says_what_was_left_out():
 
 def measured() -> dict:
     with (FOLDER / "can_see.csv").open() as table:
-        return {(row["category"], int(row["shots"])): row for row in csv.DictReader(table)}
+        return {(row["group"], int(row["setting"].split()[1])): row for row in csv.DictReader(table)}
 
 
 def test_the_measured_table_is_whole_and_honest():
@@ -94,7 +94,7 @@ def test_the_shipped_weights_see():
     """A seventh of the full measurement: the same table with wider intervals, so the bare accuracies are compared."""
     for line in can_see("tiny", n=42, shots=(0,)):
         assert line.accuracy > line.constant and line.accuracy > max(line.blank, line.shuffled), line
-        assert abs(line.accuracy - float(measured()[line.category, 0]["accuracy"])) < 0.2, line
+        assert abs(line.accuracy - float(measured()[line.group, 0]["accuracy"])) < 0.2, line
 
 
 @pytest.mark.papers
