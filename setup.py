@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
-EXTRAS = ("train", "metrics", "docs", "dev")
+EXTRAS = ("train", "metrics", "robointer", "docs", "dev")
 PYTHONS = ("3.11", "3.12", "3.13")
 
 

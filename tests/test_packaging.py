@@ -63,7 +63,7 @@ def test_the_site_is_named_as_the_package_is(settings):
 
 
 def test_settings_ini_has_every_extra(settings):
-    assert set(extras(settings)) == {*EXTRAS, "all"} == {"train", "metrics", "docs", "dev", "all"}
+    assert set(extras(settings)) == {*EXTRAS, "all"} == {"train", "metrics", "robointer", "docs", "dev", "all"}
     assert all(extras(settings).values())
 
 

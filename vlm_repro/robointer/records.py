@@ -12,7 +12,7 @@ __all__ = ['ROLES', 'TOPS', 'SIZES', 'FIELDS', 'TAG', 'Part', 'RecordError', 'Tu
 import ast
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
