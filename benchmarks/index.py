@@ -1,9 +1,9 @@
-"""A large annotation file: `python benchmarks/index.py [--datasets PYTHON] [--out benchmarks/results/index.json]`.
+"""A large annotation file: `python benchmarks/index.py [--datasets ENV] [--out benchmarks/results/index.json]`.
 
 A file in the form of RoboInter-VQA is made, a million records and two gigabytes, and read by:
   ours      `robointer.index`: the offsets of all records found and kept on disk, then records read at random places
   json      `json.load`, then records taken from the list
-  datasets  `datasets.load_dataset('json', ...)` where a Python that has it is named, then rows taken at random; its cache is empty before
+  datasets  `datasets.load_dataset('json', ...)` where ENV is a virtual environment that has it, then rows taken at random; its cache is empty before
 Each is a process of its own, for the sake of its peak memory; the times are taken within it, behind its imports. The records that each gives must be the same before anything is kept.
 Peak memory is the largest resident size, mapped files included. A way that runs out of the memory or the time it is given says so in the result. The file is deleted in the end.
 """
@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -73,9 +72,8 @@ WAYS = {"ours": build, "json": load_json, "datasets": load_datasets}
 IMPORTS = {"ours": "vlm_repro.robointer.index", "json": "json", "datasets": "datasets"}
 
 
-def child(way: str, file: Path, folder: Path, n: int, reads: int, limit: int) -> None:
+def child(way: str, file: Path, folder: Path, n: int, reads: int) -> None:
     """One way: how long until it can be read, how many reads a second, and what it took; the last line is JSON."""
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     __import__(IMPORTS[way])
     idle = peak_bytes()
     start, cpu = time.perf_counter(), cpu_seconds()
@@ -92,12 +90,26 @@ def child(way: str, file: Path, folder: Path, n: int, reads: int, limit: int) ->
 
 
 def run_child(way: str, python: str, file: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What the process said, or that it did not come to an end."""
-    words = [python, __file__, "--child", way, "--file", str(file), "--folder", str(folder), "--records", str(options.records), "--reads", str(options.reads), "--memory", str(options.memory)]
-    try: done = subprocess.run(words, capture_output=True, text=True, timeout=options.timeout)
-    except subprocess.TimeoutExpired: return {"failed": f"was ended after {options.timeout} s"}
-    if done.returncode or not done.stdout.strip(): return {"failed": f"ended with {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1][:300]}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    """What the process said, or that it did not come to an end: a process that takes too much memory or time is ended."""
+    words = [python, __file__, "--child", way, "--file", str(file), "--folder", str(folder), "--records", str(options.records), "--reads", str(options.reads)]
+    process, most, ended = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), 0, time.monotonic() + options.timeout
+    while process.poll() is None:
+        most = max(most, resident(process.pid))
+        why = f"more than {options.memory / 1e9:.0f} GB resident" if most > options.memory else f"{options.timeout:.0f} s" if time.monotonic() > ended else ""
+        if why:
+            process.kill()
+            process.communicate()
+            return {"failed": f"was ended after {why}", "peak_bytes": most}
+        time.sleep(0.05)
+    out, said = process.communicate()
+    if process.returncode or not out.strip(): return {"failed": f"ended with {process.returncode}: {(said.strip().splitlines() or [''])[-1][:300]}", "peak_bytes": most}
+    return json.loads(out.splitlines()[-1])
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process in memory; 0 where the system does not tell, or the process is gone."""
+    try: return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError): return 0
 
 
 # All of it. ----------------------------------------------------------------------------------------------------------------------------------------------------------------------------
@@ -123,19 +135,20 @@ def figures_of(rounds: list[Row]) -> dict[str, float]:
 
 def peer(file: Path, home: Path, options: argparse.Namespace) -> dict[str, Any]:
     """`datasets`, once; with its version, or the reason why there are no numbers."""
-    if not options.datasets: return {"failed": "not run: no Python that has datasets was named"}
-    asked = [options.datasets, "-c", "from importlib.metadata import version; print(version('datasets'), version('pyarrow'))"]
+    if not options.datasets: return {"failed": "not run: no environment that has datasets was named"}
+    python = str(options.datasets / "bin/python")
+    asked = [python, "-c", "from importlib.metadata import version; print(version('datasets'), version('pyarrow'))"]
     told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
-    return dict(zip(("datasets", "pyarrow"), told)) | run_child("datasets", options.datasets, file, home / "datasets", options)
+    return dict(zip(("datasets", "pyarrow"), told)) | run_child("datasets", python, file, home / "datasets", options)
 
 
 def parsed() -> argparse.Namespace:
     parser = arguments("Index a large annotation file, and read it at random.", rounds=3)
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--reads", type=int, default=20_000)
-    parser.add_argument("--memory", type=int, default=14 * GIGABYTE, help="bytes of address space that a way may take")
+    parser.add_argument("--memory", type=int, default=14 * GIGABYTE, help="bytes that a way may have resident")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that a way may take")
-    parser.add_argument("--datasets", help="a Python that has datasets")
+    parser.add_argument("--datasets", type=Path, help="a virtual environment that has datasets")
     parser.add_argument("--place", type=Path, help="folder for the file, where the usual one for such things is too small")
     for name in ("--child", "--file", "--folder"): parser.add_argument(name, type=Path if name != "--child" else str, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -143,7 +156,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     options, begun = parsed(), now()
-    if options.child: return child(options.child, options.file, options.folder, options.records, options.reads, options.memory)
+    if options.child: return child(options.child, options.file, options.folder, options.records, options.reads)
     if options.quick: options.records, options.reads = 3000, 500
     with tempfile.TemporaryDirectory(dir=options.place) as held:
         home, file = Path(held), Path(held) / "train.json"
