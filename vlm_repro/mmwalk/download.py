@@ -8,14 +8,11 @@ Docs: https://vlm-repro.github.io/vlm_repro/mmwalk/download.html.md"""
 __all__ = ['DATAVERSE', 'FRAMES', 'PARTS', 'plan', 'remote_files', 'get', 'unpack_frames']
 
 # %% ../../nbs/mmwalk/download.ipynb #37384492
-import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from ..core.check import Plan, PlanRow
-from ..core.download import DownloadError, RemoteFile, checksum_of, dataverse_files, fetch
-from ..core.jsonl import DataError
+from ..core.download import DownloadError, RemoteFile, checksum_of, dataverse_files, fetch, unpack_zip
 from .release import known_files
 
 DATAVERSE = 'https://dataverse.harvard.edu'
@@ -67,31 +64,9 @@ def get(
     return paths
 
 # %% ../../nbs/mmwalk/download.ipynb #1507873c
-def _targets(archive:zipfile.ZipFile, folder:Path) -> list[tuple[zipfile.ZipInfo, Path]]:
-    infos = [i for i in archive.infolist() if not i.is_dir()]
-    for i in infos:
-        name = PurePosixPath(i.filename)
-        if name.is_absolute() or '..' in name.parts or '\\' in i.filename:
-            raise DataError(f'{i.filename!r} in the archive leaves the folder; do not use this archive')
-    return [(i, folder/i.filename.removeprefix('QAFrames/')) for i in infos]
-
 def unpack_frames(
     archive:Path|str, # `QAFrames.zip`, with or without a folder `QAFrames` inside
     root:Path|str, # the data root; the frames go to `<root>/QAFrames`
 ) -> int: # images written
     "Unpack the frames, skipping what is complete; raises DataError for a damaged or hostile archive or a full disk."
-    try:
-        with zipfile.ZipFile(archive) as z:
-            todo = [(i, path) for i, path in _targets(z, Path(root)/'QAFrames') if not (path.is_file() and path.stat().st_size == i.file_size)]
-            needed, free = sum(i.file_size for i, _ in todo), shutil.disk_usage(root).free
-            if needed > free: raise DataError(f'{needed:,} bytes are to be unpacked and {free:,} are free at the data root; make room')
-            for i, path in todo: _unpack(z, i, path)
-    except (zipfile.BadZipFile, EOFError) as e: raise DataError(f'{Path(archive).name} is damaged ({e}); fetch it again') from e
-    return len(todo)
-
-# %% ../../nbs/mmwalk/download.ipynb #3b066fc3
-def _unpack(archive:zipfile.ZipFile, info:zipfile.ZipInfo, path:Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + '.part')
-    with archive.open(info) as source, part.open('wb') as target: shutil.copyfileobj(source, target, 1 << 20)
-    part.replace(path)
+    return unpack_zip(archive, Path(root)/'QAFrames', 'QAFrames/')
