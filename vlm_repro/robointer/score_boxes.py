@@ -6,8 +6,8 @@ Docs: https://vlm-repro.github.io/vlm_repro/robointer/score_boxes.html.md"""
 
 # %% auto #0
 __all__ = ['METRIC', 'THRESHOLDS', 'PUBLISHED_SOURCE', 'source_by_name', 'published_size', 'published_frames', 'published_iou',
-           'published_box_score', 'gold_box', 'box_values', 'score_box', 'FrameFit', 'FrameFits', 'frame_fits',
-           'check_source']
+           'published_box_score', 'gold_value', 'gold_box', 'box_values', 'score_box', 'FrameFit', 'FrameFits',
+           'frame_fits', 'check_source']
 
 # %% ../../nbs/robointer/score_boxes.ipynb #394b9c5b
 import json
@@ -21,6 +21,7 @@ from .coordinates import KINDS, PIXELS, SOURCES, Box, Frame, FrameError, box_of,
 from .extract import call_failed, frame_of, read_places
 from .kinds import kind_of
 from .readings import numbers_in, published_box
+from .records import truth_of
 
 # %% ../../nbs/robointer/score_boxes.ipynb #66c65535
 METRIC = 'iou'
@@ -72,20 +73,25 @@ def published_box_score(
 #: how a copy of the data is called among the published sources; the copy in original pixels has none there, so nothing is scaled
 PUBLISHED_SOURCE: Mapping[str, str] = {**{kind: source for source, kind in SOURCES.items() if kind}, PIXELS: 'none'}
 
+def gold_value(
+    sample:Sample, # whose gold is coordinates
+) -> Any: # nested lists
+    "What stands under the key of the task, or under another where that is missing; raises FrameError for a gold without lists."
+    found = truth_of(sample.gold)
+    if isinstance(found, str) or not found: raise FrameError('bad_gold', f'{sample.id}: {sample.gold[:60]!r} holds no coordinates; restore the annotation file')
+    return found.get(kind_of(sample.meta['task']).key, next(iter(found.values()))) if isinstance(found, dict) else found
+
 def gold_box(
     sample:Sample, # whose gold is a box
 ) -> Box:
     "The true box; raises FrameError for a gold that is none."
-    try: found = json.loads(sample.gold)
-    except ValueError as e: raise FrameError('bad_gold', f'{sample.id}: {sample.gold[:60]!r} is not JSON; restore the annotation file') from e
-    key = kind_of(sample.meta['task']).key
-    return box_of(found.get(key, next(iter(found.values()), None)) if isinstance(found, dict) else found, frame_of(sample))
+    return box_of(gold_value(sample), frame_of(sample))
 
 def box_values(
     overlap:float, # 0 to 1
 ) -> tuple[float, ...]: # the overlap, then 0 or 1 for each of `THRESHOLDS`
-    "The statistics of one overlap; a threshold must be exceeded, as published."
-    return (float(overlap), *(float(overlap > t) for t in THRESHOLDS))
+    "The statistics of one overlap, rounded past the noise of scaling; a threshold must be exceeded, as published."
+    return (round(float(overlap), 12), *(float(overlap > t) for t in THRESHOLDS))
 
 def _label(box:Box) -> str:
     odd = [f'{name}: {said}' for name, found, said in (('inverted', box.inverted, 'corners were put in order'), ('empty_box', box.empty, 'the box has no area'),

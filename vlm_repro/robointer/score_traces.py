@@ -20,9 +20,8 @@ import numpy as np
 from ..core.records import Answer, Sample, Score
 from .coordinates import PIXELS, FrameError, Points, published_rescale, trace_of
 from .extract import call_failed, frame_of
-from .kinds import kind_of
 from .readings import published_trace
-from .score_boxes import PUBLISHED_SOURCE, published_frames, published_size
+from .score_boxes import PUBLISHED_SOURCE, gold_value, published_frames, published_size
 
 # %% ../../nbs/robointer/score_traces.ipynb #96693a92
 XY = Sequence[Sequence[float]] # [[x, y], ...]
@@ -145,10 +144,7 @@ def gold_points(
     sample:Sample, # whose gold is a trace or two finger points
 ) -> Points: # in the frame of the data
     "The true places; raises FrameError for a gold that is none."
-    try: found = json.loads(sample.gold)
-    except ValueError as e: raise FrameError('bad_gold', f'{sample.id}: {sample.gold[:60]!r} is not JSON; restore the annotation file') from e
-    held = found.get(kind_of(sample.meta['task']).key, next(iter(found.values()), None)) if isinstance(found, dict) else found
-    places = trace_of(held, frame_of(sample))
+    places = trace_of(gold_value(sample), frame_of(sample))
     if not places.xy: raise FrameError('bad_gold', f'{sample.id}: the true trace has no points')
     return places
 
@@ -159,7 +155,7 @@ def _corrected(sample:Sample, answer:Answer, metrics:Mapping[str, Callable[[XY, 
     a, b = said.to(PIXELS).xy, true.to(PIXELS).xy
     label = 'outside: a point lies beyond the image' if said.outside else 'ok'
     found = {name: f(a, b) for name, f in metrics.items()}
-    return [Score(sample.id, name, 'corrected', (v,) if math.isfinite(v) else None, label if math.isfinite(v) else f'length: {len(a)} points where {len(b)} are true') for name, v in found.items()]
+    return [Score(sample.id, name, 'corrected', (round(v, 9), 1.) if math.isfinite(v) else None, label if math.isfinite(v) else f'length: {len(a)} points where {len(b)} are true') for name, v in found.items()]
 
 def _written(sample:Sample, answer:Answer, source:str) -> tuple[np.ndarray, np.ndarray]:
     return published_walks(sample.id, answer.value or '', sample.gold, source or PUBLISHED_SOURCE[sample.meta['frame']])
@@ -168,12 +164,12 @@ def score_trace(
     sample:Sample, # what was asked
     answer:Answer, # of either extractor
     source:str='', # of `as_published`: a key of `coordinates.SOURCES`; empty for that of the sample's frame
-) -> list[Score]: # one a metric; `as_published` holds the value, and whether the published mean counts it
+) -> list[Score]: # one a metric: the value, and whether the mean counts it, which as published it does only above zero
     "The scores of one trace; raises FrameError for a gold that is no trace."
     if not answer.extractor.startswith('as_written'): return _corrected(sample, answer, DISTANCES)
     found = {name: f(*_written(sample, answer, source)) for name, f in DISTANCES.items()}
     found = {name: 0. if math.isinf(v) else v for name, v in found.items()}
-    return [Score(sample.id, name, 'as_published', (v, float(v > 0)), answer.error or 'ok') for name, v in found.items()]
+    return [Score(sample.id, name, 'as_published', (round(v, 9), float(v > 0)), answer.error or 'ok') for name, v in found.items()]
 
 def score_fingers(
     sample:Sample, # what was asked
@@ -183,7 +179,7 @@ def score_fingers(
     "The score of two finger points; raises FrameError for a gold that is none."
     if not answer.extractor.startswith('as_written'): return _corrected(sample, answer, {POINT_METRIC: rmse})[0]
     a, b = _written(sample, answer, source)
-    return Score(sample.id, POINT_METRIC, 'as_published', (published_contact_point(a, b)['point'], 1.), answer.error or 'ok')
+    return Score(sample.id, POINT_METRIC, 'as_published', (round(published_contact_point(a, b)['point'], 9), 1.), answer.error or 'ok')
 
 def readable(
     scores:Sequence[Score], # of one metric and variant
