@@ -79,7 +79,7 @@ def child(way: str, file: Path, folder: Path, n: int, reads: int) -> None:
     start, cpu = time.perf_counter(), cpu_seconds()
     try: get = WAYS[way](file, folder)
     except Exception as e:  # noqa: BLE001 - whatever a library raises when memory ends is the result
-        return print(json.dumps({"failed": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[:300], "after_s": time.perf_counter() - start, "peak_bytes": peak_bytes()}))
+        return print(json.dumps({"failed": told(e), "after_s": time.perf_counter() - start, "peak_bytes": peak_bytes()}))
     ready, used, grown = time.perf_counter() - start, cpu_seconds() - cpu, peak_bytes()
     places = random.Random(1).choices(range(n), k=reads)
     start = time.perf_counter()
@@ -87,6 +87,12 @@ def child(way: str, file: Path, folder: Path, n: int, reads: int) -> None:
     read = time.perf_counter() - start
     digest = hashlib.sha256("".join(json.dumps(get(k), sort_keys=True) for k in places[:500]).encode()).hexdigest()
     print(json.dumps({"ready_s": ready, "ready_cpu_s": used, "reads_per_s": reads / read, "peak_bytes": peak_bytes(), "peak_when_ready": grown, "imported_bytes": idle, "digest": digest}))
+
+
+def told(error: BaseException) -> str:
+    """An exception in words, and what caused it."""
+    own = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
+    return f"{own}; because of {told(error.__cause__)}" if error.__cause__ else own
 
 
 def run_child(way: str, python: str, file: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
