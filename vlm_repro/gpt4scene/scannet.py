@@ -51,7 +51,7 @@ def read_scene(
         return Scene(name, scene.mesh, scene.frames, scene.poses, scene.intrinsics, alignment, scene.rows)
     mesh, rows = read_mesh(mesh_file)
     sens = read_sens(folder/f'{name}.sens', partial)
-    return Scene(name, mesh, Loaded(len(sens), sens.colour), sens.poses, sens.header.colour_camera[:3, :3], alignment, rows)
+    return Scene(name, mesh, Loaded(len(sens), sens.colour), sens.poses, sens.header.colour_camera[:3, :3], alignment, rows, (sens.problem,) if sens.problem else ())
 
 # %% ../../nbs/gpt4scene/scannet.ipynb #28ce3ff8
 def _held(path:Path, key:str) -> Any:

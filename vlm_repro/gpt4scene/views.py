@@ -9,7 +9,7 @@ __all__ = ['plan_frames', 'with_poses', 'ViewOptions', 'View', 'Views', 'frame_m
            'view_path', 'image_list', 'save_views', 'composite']
 
 # %% ../../nbs/gpt4scene/views.ipynb #866cab83
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -134,6 +134,12 @@ def _bev(scene:Scene, instances:Instances, options:ViewOptions) -> View:
     found = (top_mark(i, scene.mesh.points[instances.masks[i]], view) for i in _marked_numbers(instances, options))
     return View(image, tuple(m for m in found if m), options.bev_style)
 
+def _odd(scene:Scene, instances:Instances, options:ViewOptions) -> Iterator[str]:
+    for i in _marked_numbers(instances, options):
+        what, own = f'{scene.name}: instance {i} ({instances.labels[i]})', scene.mesh.points[instances.masks[i]]
+        if not len(own): yield f'{what} has no points, so no mark, and its box is six zeros'
+        elif not np.ptp(own, 0).all(): yield f'{what} is flat: a box without volume overlaps nothing'
+
 def make_views(
     scene:Scene, # from a reader
     instances:Instances, # in the mesh's points
@@ -142,7 +148,7 @@ def make_views(
     "The pictures of a scene; raises SceneError where no frame has a pose."
     scene = scene.aligned()
     plan, notes = with_poses(plan_frames(len(scene.poses), options.n), scene.posed(), scene.name)
-    notes += [f'{scene.name}: instance {i} ({label}) has no points, so no mark' for i, (m, label) in enumerate(zip(instances.masks, instances.labels)) if not len(m)]
+    notes = [*scene.notes, *notes, *_odd(scene, instances, options)]
     caster = Caster(scene.mesh)
     frames = tuple(_frame_view(scene, caster, instances, i, options) for i in plan)
     return Views(scene.name, frames, _bev(scene, instances, options) if options.bev_size else None, tuple(notes))
