@@ -11,18 +11,17 @@ __all__ = ['Bounded', 'part_key', 'encode_once', 'whole']
 import os
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from threading import Lock
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import BatchFeature, ProcessorMixin
+from transformers import ProcessorMixin
 
 from ..core.parts import open_parts
 from ..core.records import Messages, digest
-from .inputs import Encoded, Shown, block_hashes, count_visual, image_parts, processed
+from .inputs import Encoded, Shown, block_hashes, count_visual, image_parts, image_token_id, processed, render, text_ids
 
 # %% ../../nbs/models/features.ipynb #0c13132a
 class Bounded:
@@ -79,36 +78,37 @@ def part_key(
     except OSError: return None
     return about.st_size, about.st_mtime_ns, *sorted((k, str(v)) for k, v in part.items())
 
-def _apart(processor:ProcessorMixin, made:Mapping[str, Any]) -> list[Shown]:
-    "What an image processor made of several pictures, picture by picture."
-    tensors = {k: torch.as_tensor(v) for k, v in made.items()}
-    rows = tensors['image_grid_thw'].prod(-1) if 'image_grid_thw' in tensors else tensors['num_patches']
-    each = [dict(zip(tensors, own)) for own in zip(*(v.split(rows.tolist() if k == 'pixel_values' else 1) for k, v in tensors.items()))]
-    each = [{k: v.clone() for k, v in own.items()} for own in each]  # a part would keep the whole in memory
-    counts = [processor.replace_image_token(own, image_idx=0).count(processor.image_token) for own in each]
-    return [Shown(own, tuple(block_hashes(own)), n) for own, n in zip(each, counts)]
+def _apart(processor:ProcessorMixin, images:Sequence[Image.Image]) -> list[Shown]:
+    "What a processor makes of several pictures, picture by picture."
+    token = processor.image_token
+    made = dict(processor(text=[token]*len(images), images=[[i] for i in images], add_special_tokens=False, padding=True, return_tensors='pt'))
+    ids, pixels = [row[kept.bool()] for row, kept in zip(made.pop('input_ids'), made.pop('attention_mask'))], made.pop('pixel_values')
+    counts = [count_visual(processor, own) for own in ids]
+    grids = made.get('image_grid_thw')
+    rows = grids.prod(-1).tolist() if grids is not None else [n*len(pixels)//sum(counts) for n in counts]
+    each = [{'pixel_values': block.clone()} for block in pixels.split(rows)]  # a part would keep the whole in memory
+    if grids is not None: each = [{**own, 'image_grid_thw': g[None].clone()} for own, g in zip(each, grids)]
+    firm = {i for i, t in processor.tokenizer.added_tokens_decoder.items() if not (t.lstrip or t.rstrip or t.single_word)}
+    written = [tuple(own.tolist()) if {image_token_id(processor), int(own[0]), int(own[-1])} <= firm else () for own in ids]
+    return [Shown(own, tuple(block_hashes(own)), n, w) for own, n, w in zip(each, counts, written)]
 
-class _Remembering:
-    "Stands in for an image processor during one request."
-    def __init__(self, processor:ProcessorMixin, parts:Sequence[Mapping[str, Any]], memory:Bounded, workers:int):
-        self.processor, self.real = processor, processor.image_processor
-        self.parts, self.memory, self.workers, self.shown = parts, memory, workers, []
-
-    def __getattr__(self, name:str) -> Any: return getattr(self.real, name)
-
-    def __call__(self, images:Any, **kwargs:Any) -> BatchFeature:
-        keys = [part_key(p) or k for k, p in enumerate(self.parts)]
-        found = {k: self.memory.get(k) for k in dict.fromkeys(keys)}
-        new = {k: p for k, p in zip(keys, self.parts) if found[k] is None}
-        if new: found.update(zip(new, _apart(self.processor, self.real(open_parts(list(new.values()), self.workers), **kwargs))))
-        for k in new: self.memory.put(k if isinstance(k, tuple) else None, found[k], sum(v.nbytes for v in found[k].tensors.values()))
-        self.shown = [found[k] for k in keys]
-        together = {name: torch.cat([s.tensors[name] for s in self.shown]) for name in self.shown[0].tensors if name != 'pixel_values'}
-        n_rows = sum(len(s.tensors['pixel_values']) for s in self.shown)
-        return BatchFeature({**together, 'pixel_values': torch.zeros(n_rows, 0)})  # the processor counts rows and looks at none
+def _remembered(processor:ProcessorMixin, parts:Sequence[Mapping[str, Any]], memory:Bounded, workers:int) -> tuple[Shown, ...]:
+    "The pictures of a request, those that are new prepared together."
+    keys = [part_key(p) or k for k, p in enumerate(parts)]
+    found = {k: memory.get(k) for k in dict.fromkeys(keys)}
+    new = {k: p for k, p in zip(keys, parts) if found[k] is None}
+    if new: found.update(zip(new, _apart(processor, open_parts(list(new.values()), workers))))
+    for k in new: memory.put(k if isinstance(k, tuple) else None, found[k], sum(v.nbytes for v in found[k].tensors.values()))
+    return tuple(found[k] for k in keys)
 
 # %% ../../nbs/models/features.ipynb #35528168
-_BLANK = Image.new('RGB', (1, 1))
+def _written(processor:ProcessorMixin, text:str, shown:Sequence[Shown]) -> dict[str, torch.Tensor]:
+    "A rendered text as the processor writes it, the tokens of each picture in its place."
+    pieces, place = iter(shown), image_token_id(processor)
+    ids = [i for token in text_ids(processor, text) for i in (next(pieces).ids if token == place else (token,))]
+    out = {'input_ids': torch.tensor([ids]), 'attention_mask': torch.ones(1, len(ids), dtype=torch.long)}
+    if processor.return_mm_token_type_ids: out['mm_token_type_ids'] = torch.tensor(processor.create_mm_token_type_ids([ids]))
+    return {**out, **({'image_grid_thw': torch.cat([s.tensors['image_grid_thw'] for s in shown])} if shown and 'image_grid_thw' in shown[0].tensors else {})}
 
 def encode_once(
     processor:ProcessorMixin, # of a checkpoint; what it makes of a picture must not depend on the others
@@ -117,13 +117,14 @@ def encode_once(
     workers:int=1, # threads that decode images
 ) -> Encoded: # as `encode` gives it, its images apart
     "As `models.inputs.encode`, each picture decoded and prepared once; raises the same errors."
-    parts, own = image_parts(messages), copy(processor)
-    own.image_processor = each = _Remembering(processor, parts, memory, workers)
-    text, tensors = processed(own, messages, [_BLANK]*len(parts))
+    parts, text = image_parts(messages), render(processor, messages)
+    shown = _remembered(processor, parts, memory, workers) if parts else ()
+    if text.count(processor.image_token) == len(parts) and all(s.ids for s in shown): tensors = _written(processor, text, shown)
+    else: text, tensors = processed(processor, messages, open_parts(parts, workers))
     tensors.pop('pixel_values', None)
-    n_visual, hashes = count_visual(processor, tensors['input_ids']) if parts else 0, [h for s in each.shown for h in s.hashes]
-    if sum(s.n_tokens for s in each.shown) != n_visual: raise AssertionError(f'{len(parts)} images do not make {n_visual} visual tokens')
-    return Encoded(tensors, n_visual, digest(text), digest(hashes) if hashes else '', tuple(each.shown))
+    n_visual, hashes = count_visual(processor, tensors['input_ids']) if parts else 0, [h for s in shown for h in s.hashes]
+    if sum(s.n_tokens for s in shown) != n_visual: raise AssertionError(f'{len(parts)} images do not make {n_visual} visual tokens')
+    return Encoded(tensors, n_visual, digest(text), digest(hashes) if hashes else '', shown)
 
 def whole(
     e:Encoded, # from `encode_once`

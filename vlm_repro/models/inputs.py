@@ -6,9 +6,9 @@ Docs: https://vlm-repro.github.io/vlm_repro/models/inputs.html.md"""
 
 # %% auto #0
 __all__ = ['Preparer', 'IMAGE_BACKENDS', 'TOKEN_KEYS', 'tokenizer_of', 'require_template', 'image_backend_of', 'load_preparer',
-           'image_parts', 'render', 'Shown', 'Encoded', 'image_token_id', 'open_images', 'block_hashes', 'processed',
-           'count_visual', 'encode', 'end_to_end', 'collate', 'VisualCounter', 'measure', 'pixel_budget', 'set_budget',
-           'image_settings']
+           'image_parts', 'render', 'Shown', 'Encoded', 'image_token_id', 'text_ids', 'open_images', 'block_hashes',
+           'processed', 'count_visual', 'encode', 'end_to_end', 'collate', 'VisualCounter', 'measure', 'pixel_budget',
+           'set_budget', 'image_settings']
 
 # %% ../../nbs/models/inputs.ipynb #580cad30
 from collections.abc import Mapping, Sequence
@@ -103,6 +103,7 @@ class Shown:
     tensors: Mapping[str, torch.Tensor] # what the image processor made of it, on the CPU
     hashes: tuple[str, ...] # see `block_hashes`
     n_tokens: int # visual tokens
+    ids: tuple[int, ...] = () # what a text holds in its place; empty where that may depend on the text around it
 
     @property
     def digest(self) -> str: # equal for equal pixels
@@ -137,6 +138,13 @@ def _special(preparer:Preparer, text:str) -> dict[str, bool]:
     tok = tokenizer_of(preparer)
     written = tok is preparer or bool(tok.bos_token and text.startswith(tok.bos_token))
     return {'add_special_tokens': False} if written else {}
+
+def text_ids(
+    preparer:Preparer, # of the checkpoint
+    text:str, # rendered
+) -> list[int]: # token ids, one placeholder an image
+    "A rendered text cut into tokens."
+    return tokenizer_of(preparer)(text, **_special(preparer, text))['input_ids']
 
 def _process(preparer:Preparer, messages:Messages, text:str, images:list[Image.Image]) -> Mapping[str, torch.Tensor]:
     if tokenizer_of(preparer) is preparer: return preparer([text], return_tensors='pt', **_special(preparer, text))
@@ -246,7 +254,7 @@ def measure(
 ) -> Lengths: # exact
     "The prompt's length from its text and the sizes of its images, none decoded; raises MediaError for an image that cannot be used."
     text = render(preparer, messages)
-    n_ids = len(tokenizer_of(preparer)(text, **_special(preparer, text))['input_ids'])
+    n_ids = len(text_ids(preparer, text))
     sizes = tuple(part_size(p) for p in image_parts(messages))
     try: n_visual, n_around = counter(sizes)
     except ValueError as e: raise MediaError(image_parts(messages)[0]['image'], f'refused by the processor, it or an image after it: {e}') from e

@@ -24,23 +24,35 @@ from .prompts import AXES, Prompt, as_prompt, base_of
 
 # %% ../../nbs/models/sharing.ipynb #0fb4fb71
 class _Slot(DynamicLayer):
-    "One layer's keys and values inside a larger tensor."
-    def __init__(self, held:torch.Tensor, length:int):
+    "One layer's keys and values inside a larger tensor, each row written on from its own end."
+    def __init__(self, held:torch.Tensor, ends:torch.Tensor, even:bool, length:int):
         super().__init__()
-        self.keys, self.values, self.length = held[0], held[1], length
-        self.dtype, self.device, self.is_initialized = held.dtype, held.device, True
+        self.keys, self.values, self.ends, self.even, self.length = held[0], held[1], ends, even, length
+        self.rows, self.dtype, self.device, self.is_initialized = torch.arange(len(ends), device=ends.device)[:, None], held.dtype, held.device, True
 
     def update(self, keys:torch.Tensor, values:torch.Tensor, *_:Any, **__:Any) -> tuple[torch.Tensor, torch.Tensor]:
-        end = self.length + keys.shape[-2]
-        self.keys[..., self.length:end, :], self.values[..., self.length:end, :] = keys, values
-        self.length = end
-        return self.keys[..., :end, :], self.values[..., :end, :]
+        n = keys.shape[-2]
+        if self.even: self.keys[..., self.length:self.length + n, :], self.values[..., self.length:self.length + n, :] = keys, values
+        else:
+            at = self.ends[:, None] + torch.arange(n, device=self.device)
+            self.keys.transpose(1, 2)[self.rows, at], self.values.transpose(1, 2)[self.rows, at] = keys.transpose(1, 2), values.transpose(1, 2)
+        self.ends, self.length = self.ends + n, self.length + n
+        return self.keys[..., :self.length, :], self.values[..., :self.length, :]
 
     def get_seq_length(self) -> int: return self.length
 
-def _cache(held:torch.Tensor, length:int) -> Cache:
+def _cache(held:torch.Tensor, ends:torch.Tensor) -> Cache:
     "What `transformers` takes as past keys and values: layers x 2 x prompts x heads x tokens x width."
-    return Cache(layers=[_Slot(layer, length) for layer in held])
+    longest, place = int(ends.max()), ends.to(held.device)
+    return Cache(layers=[_Slot(layer, place, longest == int(ends.min()), longest) for layer in held])
+
+def _mask(starts:torch.Tensor, n:int, like:torch.Tensor) -> torch.Tensor | None: # prompts x 1 x tokens x columns, in the precision and place of `like`; None where none is needed
+    "What each of `n` further tokens of every prompt looks at: all columns up to its own."
+    longest, even = int(starts.max()), int(starts.max()) == int(starts.min())
+    if not longest or n == 1 and even: return None
+    rows, steps = (starts[:1] if even else starts).to(like.device), torch.arange(n, device=like.device)
+    hidden = torch.arange(longest + n, device=like.device) > (rows[:, None] + steps)[..., None]
+    return like.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(like.dtype).min)[:, None]
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -56,27 +68,27 @@ class Job:
 
 @dataclass(eq=False)
 class Filled:
-    "A group of prompts in memory, each with its end at `length`."
-    held:torch.Tensor # layers x 2 x prompts x heads x tokens x width; room behind `length`
-    mask:torch.Tensor # prompts x tokens
-    length:int # tokens, empty places included
+    "A group of prompts in memory, the first token of each in the first column."
+    held:torch.Tensor # layers x 2 x prompts x heads x tokens x width
+    ends:torch.Tensor # tokens of each prompt; on the CPU
     logits:torch.Tensor # after the last token of each prompt, float32
 
-    def cut(self, row:int, job:Job, start:int, end:int) -> torch.Tensor: # layers x 2 x heads x tokens x width
-        "Keys and values of some tokens of a job."
-        shift = self.length - job.end
-        return self.held[:, :, row, :, shift + start:shift + end].clone()
+    def cut(self, row:int, start:int, end:int) -> torch.Tensor: # layers x 2 x heads x tokens x width
+        "Keys and values of some tokens of a prompt."
+        return self.held[:, :, row, :, start:end].clone()
 
-# %% ../../nbs/models/sharing.ipynb #6ebff42c
-_SLACK = 256  # tokens of padding that cost less than another pass
+# %% ../../nbs/models/sharing.ipynb #dfb68947
+_SLACK, _MOST = 256, 2048  # tokens: of padding that cost a GPU less than another pass; of one pass
 
-def _groups(lengths:Sequence[int]) -> list[slice]:
-    "Neighbours in an ascending list that are read together."
+def _groups(sizes:Sequence[tuple[int, int]], exact:bool) -> list[slice]:
+    "Neighbours in an ascending list of lengths and starts that are read together."
     cuts = [0]
-    for i, n in enumerate(lengths):
-        here = lengths[cuts[-1]:i]
-        if n*len(here) - sum(here) > _SLACK + sum(here)//4: cuts.append(i)
-    return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(lengths)])]
+    for i, (n, start) in enumerate(sizes):
+        here = sizes[cuts[-1]:i]
+        tokens = sum(m for m, _ in here)
+        unlike = here and here[-1] != (n, start) if exact else n*len(here) - tokens > _SLACK + tokens//4
+        if unlike or here and n*(len(here) + 1) > _MOST: cuts.append(i)
+    return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(sizes)])]
 
 # %% ../../nbs/models/sharing.ipynb #5ee58315
 @dataclass
@@ -123,6 +135,17 @@ class Reader:
         self.tree.clear()
 
 # %% ../../nbs/models/sharing.ipynb #9fcc2df4
+_SEEN = {'cpu': 256} # visual tokens of one pass through the vision tower
+_SEEN_ELSEWHERE = 2048
+
+def _portions(new:Sequence[Shown], most:int) -> list[list[Shown]]:
+    "Neighbours of at most so many visual tokens."
+    out: list[list[Shown]] = []
+    for shown in new:
+        if out and sum(s.n_tokens for s in out[-1]) + shown.n_tokens <= most: out[-1].append(shown)
+        else: out.append([shown])
+    return out
+
 def _encode_images(self:Reader, new:Sequence[Shown]) -> dict[str, torch.Tensor]:
     "Features of pictures by their digest."
     device, rows = self.base.device, [len(s.tensors['pixel_values']) for s in new]
@@ -140,54 +163,60 @@ def _features(self:Reader, jobs:Sequence[Job]) -> dict[str, torch.Tensor]:
     wanted = {s.digest: s for j in jobs for (a, b), s in zip(j.prompt.spans, j.prompt.encoded.images) if j.start < b and a < j.end}
     found = {key: self.features.get(key) for key in wanted}
     new = [wanted[key] for key, f in found.items() if f is None]
-    return {**found, **(_encode_images(self, new) if new else {})}
+    for part in _portions(new, _SEEN.get(self.base.device.type, _SEEN_ELSEWHERE)): found.update(_encode_images(self, part))
+    return found
 
 # %% ../../nbs/models/sharing.ipynb #9f1481e2
 def _embeddings(self:Reader, jobs:Sequence[Job], width:int, features:Mapping[str, torch.Tensor]) -> torch.Tensor: # prompts x tokens x width of the model
     ids = torch.full((len(jobs), width), self.decoding.pad_token_id)
     places, parts = torch.zeros(len(jobs), width, dtype=torch.bool), []
     for row, j in enumerate(jobs):
-        shift = width - j.end
-        ids[row, width - len(j):] = j.prompt.ids[j.start:j.end]
+        ids[row, :len(j)] = j.prompt.ids[j.start:j.end]
         for (a, b), shown in zip(j.prompt.spans, j.prompt.encoded.images):
             first, last = max(a, j.start), min(b, j.end)
             if first >= last: continue
-            places[row, shift + first:shift + last] = True
+            places[row, first - j.start:last - j.start] = True
             parts.append(features[shown.digest][first - a:last - a])
     out = self.base.get_input_embeddings()(ids.to(self.base.device))
     if parts: out[places.to(out.device)] = torch.cat(parts).to(out.dtype)
     return out
 
-def _pass(self:Reader, jobs:Sequence[Job], held:torch.Tensor, mask:torch.Tensor, features:Mapping[str, torch.Tensor]) -> torch.Tensor:
-    "Reads a group into `held`, whose end it fills; the logits after each last token, float32."
-    width, past = max(map(len, jobs)), held.shape[-2] - max(map(len, jobs))
-    positions = torch.zeros(AXES[type(self.base)], len(jobs), width, dtype=torch.long)
-    before = {id(j.before): torch.cat([s.made for s in j.before.line], -2) for j in jobs if j.start}
-    for row, j in enumerate(jobs):
-        if j.start: held[:, :, row, :, past - j.start:past] = before[id(j.before)]
-        mask[row, past - j.start:past] = mask[row, past + width - len(j):] = 1
-        positions[:, row, width - len(j):] = j.prompt.positions[:, j.start:j.end]
-    positions = positions.to(self.base.device)
-    out = self.base(inputs_embeds=_embeddings(self, jobs, width, features), attention_mask=mask, position_ids=positions if len(positions) > 1 else positions[0],
-                    past_key_values=_cache(held, past), use_cache=True, logits_to_keep=1)
-    self.counts.tokens_read, self.counts.passes = self.counts.tokens_read + sum(map(len, jobs)), self.counts.passes + 1
-    return out.logits[:, -1].float()
+def _forward(self:Reader, held:torch.Tensor, ends:torch.Tensor, n:int, positions:torch.Tensor, cache:Cache|None=None, **tokens:torch.Tensor) -> torch.Tensor: # prompts x `n` x width of the model
+    "What the language model makes of `n` further tokens of every prompt; their keys and values go into `held`."
+    return self.base.model(**tokens, attention_mask=_mask(ends, n, held), position_ids=positions if len(positions) > 1 else positions[0],
+                           past_key_values=cache or _cache(held, ends), use_cache=True).last_hidden_state
 
-def _empty(self:Reader, n:int, tokens:int) -> torch.Tensor: # layers x 2 x prompts x heads x tokens x width
+def _logits(self:Reader, hidden:torch.Tensor) -> torch.Tensor:
+    return self.base.get_output_embeddings()(hidden).float()
+
+def _pass(self:Reader, jobs:Sequence[Job], held:torch.Tensor, features:Mapping[str, torch.Tensor]) -> torch.Tensor:
+    "Reads a group into `held`; the logits after each last token, float32."
+    lengths = torch.tensor([len(j) for j in jobs])
+    positions = torch.zeros(AXES[type(self.base)], len(jobs), int(lengths.max()), dtype=torch.long)
+    before = {id(j.before): j.before.line[0].made if len(j.before.line) == 1 else torch.cat([s.made for s in j.before.line], -2) for j in jobs if j.start}
+    for row, j in enumerate(jobs):
+        if j.start: held[:, :, row, :, :j.start] = before[id(j.before)]
+        positions[:, row, :len(j)] = j.prompt.positions[:, j.start:j.end]
+    device, n = self.base.device, positions.shape[-1]
+    hidden = _forward(self, held, torch.tensor([j.start for j in jobs]), n, positions.to(device), inputs_embeds=_embeddings(self, jobs, n, features))
+    self.counts.tokens_read, self.counts.passes = self.counts.tokens_read + sum(map(len, jobs)), self.counts.passes + 1
+    return _logits(self, hidden[torch.arange(len(jobs), device=device), lengths.to(device) - 1])
+
+def _empty(self:Reader, jobs:Sequence[Job], tokens:int) -> torch.Tensor: # layers x 2 x prompts x heads x tokens x width
+    "Room for all jobs; what no pass fills in is zero, since even a hidden column must hold numbers."
     text = self.base.config.get_text_config()
     width = getattr(text, 'head_dim', None) or text.hidden_size//text.num_attention_heads
-    return torch.zeros(text.num_hidden_layers, 2, n, text.num_key_value_heads, tokens, width, dtype=self.base.dtype, device=self.base.device)
+    held = torch.empty(text.num_hidden_layers, 2, len(jobs), text.num_key_value_heads, tokens, width, dtype=self.base.dtype, device=self.base.device)
+    held[..., min(j.end for j in jobs):, :] = 0
+    return held
 
-def _fill(self:Reader, jobs:Sequence[Job], room:int=0) -> Filled: # `jobs` by ascending length
+def _fill(self:Reader, jobs:Sequence[Job], room:int=0) -> Filled: # `jobs` by ascending length and start
     "Reads jobs, group by group, into one tensor with `room` for more tokens."
-    groups = _groups([len(j) for j in jobs])
-    widths = [max(j.start for j in jobs[g]) + len(jobs[g][-1]) for g in groups]
-    length, features = max(widths), _features(self, jobs)
-    held = _empty(self, len(jobs), length + room)
-    mask = torch.zeros(len(jobs), length + room, dtype=torch.long, device=held.device)
-    mask[:, length:] = 1
-    logits = [_pass(self, jobs[g], held[:, :, g, :, length - w:length], mask[g, length - w:length], features) for g, w in zip(groups, widths)]
-    return Filled(held, mask, length, torch.cat(logits))
+    groups = _groups([(len(j), j.start) for j in jobs], self.base.device.type == 'cpu')
+    held = _empty(self, jobs, max(max(j.start for j in jobs[g]) + len(jobs[g][-1]) for g in groups) + room)
+    features = _features(self, jobs)
+    logits = [_pass(self, jobs[g], held[:, :, g], features) for g in groups]
+    return Filled(held, torch.tensor([j.end for j in jobs]), torch.cat(logits))
 
 # %% ../../nbs/models/sharing.ipynb #25b555c0
 def _stretch_of(self:Reader, prompt:Prompt, ends:Sequence[int]) -> Stretch:
@@ -201,10 +230,9 @@ def _read_beginnings(self:Reader, prompts:Sequence[Prompt]) -> list[Stretch]: # 
     while True:
         missing = {id(s): (s, p) for end, p in zip(last, prompts) for s in end.line if s.made is None and (s.parent is self.tree.root or s.parent.made is not None)}
         if not missing: return last
-        level = sorted(missing.values(), key=lambda found: len(found[0].tokens))
-        jobs = [Job(p, s.parent, s.end) for s, p in level]
-        filled = _fill(self, jobs)
-        for row, (j, (s, _)) in enumerate(zip(jobs, level)): self.tree.keep(s, filled.cut(row, j, s.start, s.end))
+        level = sorted(missing.values(), key=lambda found: (len(found[0].tokens), found[0].start))
+        filled = _fill(self, [Job(p, s.parent, s.end) for s, p in level])
+        for row, (s, _) in enumerate(level): self.tree.keep(s, filled.cut(row, s.start, s.end))
 
 def _keep_scenes(self:Reader, jobs:Sequence[Job], filled:Filled) -> None:
     "Puts what stands before the question into the tree."
@@ -212,7 +240,7 @@ def _keep_scenes(self:Reader, jobs:Sequence[Job], filled:Filled) -> None:
         end = j.prompt.spans[-1][1] if j.prompt.spans else 0
         if end - j.start < LEAST: continue
         for s in self.tree.upto(j.prompt.marks, end).line:
-            if s.made is None: self.tree.keep(s, filled.cut(row, j, s.start, s.end))
+            if s.made is None: self.tree.keep(s, filled.cut(row, s.start, s.end))
 
 def read(
     self:Reader,
@@ -223,7 +251,7 @@ def read(
     prompts = [as_prompt(self.base, e) for e in batch]
     try:
         last = _read_beginnings(self, prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) - last[i].end)
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]) - last[i].end, last[i].end))
         jobs = [Job(prompts[i], last[i], len(prompts[i])) for i in order]
         filled = _fill(self, jobs, room)
         _keep_scenes(self, jobs, filled)
@@ -275,21 +303,20 @@ class _Writing:
     def only(self, going:list[int]) -> None:
         at = torch.tensor(going, device=self.positions.device)
         self.rows, self.positions, self.cache = [self.rows[k] for k in going], self.positions[at], None
-        self.filled.held, self.filled.mask = self.filled.held[:, :, at], self.filled.mask[at]
+        self.filled.held, self.filled.ends = self.filled.held[:, :, at], self.filled.ends[going]
         self.penalty.only(at)
 
     def grow(self) -> None:
         self.filled.held, self.cache = torch.nn.functional.pad(self.filled.held, (0, 0, 0, _ROOM)), None
-        self.filled.mask = torch.nn.functional.pad(self.filled.mask, (0, _ROOM), value=1)
 
 def _next(self:Reader, w:_Writing, tokens:torch.Tensor) -> torch.Tensor:
     "The logits after one more token a row, float32."
-    if w.filled.length == w.filled.mask.shape[1]: w.grow()
-    if w.cache is None: w.cache = _cache(w.filled.held, w.filled.length)
-    w.filled.length, w.positions = w.filled.length + 1, w.positions + 1
-    axes, at = AXES[type(self.base)], w.positions[:, None]
-    return self.base(input_ids=tokens[:, None], attention_mask=w.filled.mask[:, :w.filled.length], position_ids=at.expand(axes, -1, -1) if axes > 1 else at,
-                     past_key_values=w.cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+    if int(w.filled.ends.max()) == w.filled.held.shape[-2]: w.grow()
+    if w.cache is None: w.cache = _cache(w.filled.held, w.filled.ends)
+    w.positions = w.positions + 1
+    hidden = _forward(self, w.filled.held, w.filled.ends, 1, w.positions[None, :, None].expand(AXES[type(self.base)], -1, -1), w.cache, input_ids=tokens[:, None])
+    w.filled.ends = w.filled.ends + 1
+    return _logits(self, hidden[:, 0])
 
 def write(
     self:Reader,
@@ -323,12 +350,10 @@ def _tails(self:Reader, filled:Filled, rows:Sequence[int], last:torch.Tensor, ch
     width, device = max(map(len, choices)) - 1, filled.held.device
     ids = torch.tensor([[*c, *[self.decoding.pad_token_id]*(width + 1 - len(c))] for c in choices], device=device)
     counts = torch.tensor([[k < len(c) - 1 for k in range(width)] for c in choices], device=device)
-    at, axes = torch.tensor(rows, device=device), AXES[type(self.base)]
-    held = torch.nn.functional.pad(filled.held[:, :, at, :, :filled.length], (0, 0, 0, width))
-    mask = torch.cat([filled.mask[at, :filled.length], counts.long()], 1)
+    at = torch.tensor(rows, device=device)
+    held = torch.nn.functional.pad(filled.held[:, :, at], (0, 0, 0, width))
     positions = last[at, None] + 1 + torch.arange(width, device=device)
-    logits = self.base(input_ids=ids[:, :-1], attention_mask=mask, position_ids=positions.expand(axes, -1, -1) if axes > 1 else positions,
-                       past_key_values=_cache(held, filled.length), use_cache=True, logits_to_keep=width).logits.float()
+    logits = _logits(self, _forward(self, held, filled.ends[list(rows)], width, positions.expand(AXES[type(self.base)], -1, -1), input_ids=ids[:, :-1]))
     self.counts.tokens_read, self.counts.passes = self.counts.tokens_read + int(counts.sum()), self.counts.passes + 1
     each = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     return each.masked_fill(~counts, 0).sum(-1)
