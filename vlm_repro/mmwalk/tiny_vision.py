@@ -20,25 +20,26 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from .render import LABELS
 from .scene import ACTIONS, COLOURS, HAZARDS, LANDMARKS, WEATHERS
-from .tiny_data import PIXELS, Bank, Recipe, Writer
+from .tiny_data import Bank, Recipe, Writer
 
 # %% ../../nbs/mmwalk/tiny_vision.ipynb #ee679f91
 MEAN, STD = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
 def patches(
-    pixels: torch.Tensor,  # uint8, images x 112 x 224 x 3
-) -> torch.Tensor:  # images x 128 x 588, in the processor's order
+    pixels: torch.Tensor,  # uint8, images x height x width x 3; both sides multiples of 28
+) -> torch.Tensor:  # images x patches x 588, in the processor's order
     "Normalise and cut into patches; the two equal frames of an image are kept once."
+    n, height, width = pixels.shape[:3]
     x = (pixels.float() / 255 - MEAN) / STD
-    x = x.view(len(x), 4, 2, 14, 8, 2, 14, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
-    return x.reshape(len(x), 128, 588)
+    x = x.view(n, height // 28, 2, 14, width // 28, 2, 14, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
+    return x.reshape(n, height * width // 196, 588)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 @torch.inference_mode(False)
-def _rotary(visual: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    grid = torch.tensor([[1, PIXELS[0] // 14, PIXELS[1] // 14]])
+def _rotary(visual: torch.nn.Module, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    grid = torch.tensor([[1, height // 14, width // 14]])
     places = modeling_qwen2_vl.get_vision_position_ids(grid, 2)
     cos, sin = visual.rotary_pos_emb(torch.zeros(1), places)
     return cos[:, None], sin[:, None]
@@ -46,10 +47,10 @@ def _rotary(visual: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 def see(
     visual: torch.nn.Module,  # `model.model.visual`
-    pixels: torch.Tensor,  # uint8, images x 112 x 224 x 3
-) -> torch.Tensor:  # images x 32 x width of the text model
+    pixels: torch.Tensor,  # uint8, images x height x width x 3
+) -> torch.Tensor:  # images x visual tokens x width of the text model
     "Run the vision tower on a rectangular batch."
-    cos, sin = _rotary(visual)
+    cos, sin = _rotary(visual, *pixels.shape[1:3])
     x = patches(pixels) @ visual.patch_embed.proj.weight.sum(2).flatten(1).T
     for block in visual.blocks:
         q, k, v = block.attn.qkv(block.norm1(x)).view(*x.shape[:2], 3, block.attn.num_heads, -1).unbind(2)
@@ -57,7 +58,7 @@ def see(
         mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
         x = x + block.attn.proj(mixed)
         x = x + block.mlp(block.norm2(x))
-    return visual.merger(x.flatten(0, 1)).view(len(x), 32, -1)
+    return visual.merger(x.flatten(0, 1)).view(len(x), x.shape[1] // 4, -1)
 
 # %% ../../nbs/mmwalk/tiny_vision.ipynb #de092a0a
 def rate(

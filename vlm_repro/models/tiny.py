@@ -49,10 +49,11 @@ def learn_tokenizer(
 def train_tokenizer(
     texts: Iterable[str],  # what the vocabulary is learned from
     vocab_size: int = 1536,  # at most
+    units: str = UNITS,  # regular expression of the pieces that merges never cross
 ) -> hf.PreTrainedTokenizerFast:
     "Learn a byte-level vocabulary with Qwen's special tokens."
     named = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}
-    return learn_tokenizer(texts, vocab_size, UNITS, SPECIALS, named, 4096)
+    return learn_tokenizer(texts, vocab_size, units, SPECIALS, named, 4096)
 
 # %% ../../nbs/models/tiny.ipynb #d0ae44b1
 CHAT_TEMPLATE = (
@@ -83,6 +84,7 @@ def tiny_config(
     vision: int = 128,  # width of the vision tower
     text: int = 160,  # width of the text model, a multiple of 32
     layers: int = 4,  # of either
+    theta: float = 1e4,  # base of the rotary positions; Qwen2-VL's own is 1e6
 ) -> hf.Qwen2VLConfig:
     "Configuration of a Qwen2-VL of some two million parameters."
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
@@ -90,7 +92,7 @@ def tiny_config(
     return hf.Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": text, "intermediate_size": 3 * text, "num_hidden_layers": layers, "num_attention_heads": text // 32, "num_key_value_heads": text // 32,
-            "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}, **common,
+            "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": theta, "mrope_section": [4, 6, 6]}, **common,
         },
         vision_config={"depth": layers, "embed_dim": vision, "hidden_size": text, "num_heads": vision // 32, "mlp_ratio": 4},
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True,
@@ -100,7 +102,7 @@ def tiny_config(
 def build_tiny(
     tokenizer: hf.PreTrainedTokenizerFast,
     seed: int = 0,
-    **sizes: int,  # see `tiny_config`
+    **sizes: float,  # see `tiny_config`
 ) -> hf.Qwen2VLForConditionalGeneration:
     "A tiny Qwen2-VL with random weights, in float32."
     torch.manual_seed(seed)

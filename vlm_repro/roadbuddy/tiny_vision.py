@@ -24,10 +24,11 @@ from .tiny_data import FRAME_TOKENS, LABELS, Film, Frames, squeeze
 def make_codes(
     width: int,  # of the language model
     seed: int,
+    labels: int = len(LABELS),  # how many
 ) -> torch.Tensor:  # 1 + labels x width
     "Draw the codes."
     generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(width, 1 + len(LABELS), generator=generator))[0].T.contiguous()
+    return torch.linalg.qr(torch.randn(width, 1 + labels, generator=generator))[0].T.contiguous()
 
 
 def coded(
