@@ -17,29 +17,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..core.jsonl import Problem
 from ..core.records import digest
 from ..core.worlds import MARKER, build_once, cache_dir, source_hashes, write_whole
+from ..metrics.boxes3d import stored
+from ..mmwalk.world import frame_rng
 from . import build_rows, build_texts, marks, questions, render, rooms, space, views
 from .annotations import FILES
 from .attributes import attributes_of, write_attributes
-from vlm_repro.gpt4scene.build_rows import (
-    Sources,
-    Told,
-    captions_corpus,
-    multi3dref_rows,
-    multi3dref_told,
-    scan2cap_rows,
-    scan2cap_told,
-    scanqa_rows,
-    scanqa_told,
-    scanrefer_rows,
-    scanrefer_told,
-    sqa3d_rows,
-    sqa3d_told,
-)
+from .build_rows import Sources, Told, captions_corpus
 from .build_texts import Templates
 from .marks import MarkStyle
 from .own import write_masks
@@ -51,8 +37,6 @@ from .scannet import write_scan
 from .score_grounding import SceneBoxes, unique_lookup
 from .space import Instances, Scene, boxes
 from .views import ViewOptions, image_list, make_views, save_views
-from ..metrics.boxes3d import stored
-from ..mmwalk.world import frame_rng
 
 # %% ../../nbs/gpt4scene/world.ipynb #d9d2279c
 @dataclass(frozen=True)
@@ -126,8 +110,8 @@ def sources_of(
     held = {s.scene.name: SceneBoxes(stored(boxes(s.scene, s.proposals.instances)), stored(boxes(s.scene, s.things))) for s in scans}
     return Sources(held, WORDS, seed)
 
-ROWS = {'scanqa': scanqa_rows, 'sqa3d': sqa3d_rows, 'scanrefer': scanrefer_rows, 'multi3dref': multi3dref_rows, 'scan2cap': scan2cap_rows}
-TOLD = {'scanqa': scanqa_told, 'sqa3d': sqa3d_told, 'scanrefer': scanrefer_told, 'multi3dref': multi3dref_told, 'scan2cap': scan2cap_told}
+ROWS = {'scanqa': build_rows.scanqa_rows, 'sqa3d': build_rows.sqa3d_rows, 'scanrefer': build_rows.scanrefer_rows, 'multi3dref': build_rows.multi3dref_rows, 'scan2cap': build_rows.scan2cap_rows}
+TOLD = {'scanqa': build_rows.scanqa_told, 'sqa3d': build_rows.sqa3d_told, 'scanrefer': build_rows.scanrefer_told, 'multi3dref': build_rows.multi3dref_told, 'scan2cap': build_rows.scan2cap_told}
 
 def told_of(
     scan:Scanned, # of the training rooms
