@@ -1,5 +1,7 @@
 """mmWalk's annotation files: the real ones in full, and every way in which a folder can be bad."""
 import json
+import subprocess
+import sys
 import time
 import zipfile
 from collections import Counter
@@ -443,3 +445,14 @@ def test_lookup_of_prediction_files():
     assert prediction_file(['E1.jsonl'], 'E1', legacy_lookup=True) is None and prediction_file(['E1.jsonl'], 'E1') == 'E1.jsonl'
     assert prediction_file(['E1_gpt.json', 'E12.jsonl', 'E1.jsonl.part'], 'E1') is None
     with pytest.raises(DataError, match='E1.jsonl, E1_m.jsonl'): prediction_file(['E1_m.jsonl', 'E1.jsonl'], 'E1')
+
+
+def test_a_copy_of_the_process_sees_what_this_one_sees(root):
+    "Train looked at in a copied process, as the command line does where it may: the same report."
+    code = ('import sys; from pathlib import Path; from vlm_repro.mmwalk import check\n'
+            'root = Path(sys.argv[1])\n'
+            'assert check._can_fork() == (len(check.os.sched_getaffinity(0)) > 1)\n'
+            'one, two = (check._look_at_all(root, None, fork) for fork in (False, True))\n'
+            'assert one == two and len(one[0]) == 3 and all(s.rows for s in one[0]), one\n')
+    done = subprocess.run([sys.executable, '-c', code, str(root)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -13,10 +13,12 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # %% ../../nbs/core/media.ipynb #05d045f3
 class MediaError(Exception):
@@ -41,18 +43,21 @@ DEPTH_MODES = ('compat', 'clip')
 DEPTH_UNITS_PER_METRE = 256
 
 def depth_to_grey(
-    depth:np.ndarray, # height x width, 16-bit units, 256 to the metre
+    depth:'np.ndarray', # height x width, 16-bit units, 256 to the metre
     mode:str='compat', # one of `DEPTH_MODES`
     max_depth_m:float=20., # metres shown as white in mode `clip`
-) -> np.ndarray: # height x width, uint8
+) -> 'np.ndarray': # height x width, uint8
     "A 16-bit depth map as 8 bits (source: mmWalk spec 3); raises ValueError for an unknown mode."
+    import numpy as np
     if mode == 'compat': return np.minimum(depth, 255).astype(np.uint8)
     if mode == 'clip': return (np.clip(depth/DEPTH_UNITS_PER_METRE/max_depth_m, 0, 1)*255).round().astype(np.uint8)
     raise ValueError(f'unknown depth_mode {mode!r}; one of {", ".join(DEPTH_MODES)}')
 
 # %% ../../nbs/core/media.ipynb #4802390e
 def _to_rgb(im:Image.Image, depth_mode:str, max_depth_m:float) -> Image.Image:
-    if im.mode.startswith('I'): return Image.fromarray(depth_to_grey(np.asarray(im), depth_mode, max_depth_m)).convert('RGB')
+    if im.mode.startswith('I'):
+        import numpy as np
+        return Image.fromarray(depth_to_grey(np.asarray(im), depth_mode, max_depth_m)).convert('RGB')
     return ImageOps.exif_transpose(im).convert('RGB')
 
 @contextmanager
@@ -106,6 +111,7 @@ def pixel_hash(
     pixels:Any, # array or CPU tensor, or a sequence of them; shape and type count
 ) -> str: # 16 hexadecimal digits
     "A digest of pixel values exactly as a model is fed them (source: ours)."
+    import numpy as np
     h = hashlib.sha256()
     for a in pixels if isinstance(pixels, (list, tuple)) else [pixels]:
         a = np.ascontiguousarray(a)

@@ -8,8 +8,12 @@ Docs: https://vlm-repro.github.io/vlm_repro/mmwalk/check.html.md"""
 __all__ = ['count', 'compare_counts', 'check_frames', 'check_predictions', 'check']
 
 # %% ../../nbs/mmwalk/check.ipynb #147a4708
+import os
+import sys
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +61,6 @@ def compare_counts(
     return rows
 
 # %% ../../nbs/mmwalk/check.ipynb #2a6123f4
-def _first_of(datasets:Sequence[Dataset]) -> dict[str, str]: # path → folder, over all splits
-    return {m.path: d.frames for d in datasets for s in d.samples for m in s.media}
-
 def _header(path:Path) -> str:
     from PIL import Image
     try:
@@ -71,13 +72,11 @@ def _headers(paths:Sequence[Path]) -> str: return ', '.join(f'{header} ({n})' fo
 
 # %% ../../nbs/mmwalk/check.ipynb #9c68c2e5
 def check_frames(
-    datasets:Sequence[Dataset], # the splits that were loaded
+    paths:Mapping[str, str], # every image of every split, below the frames folder → that folder
     sample:int=8, # images of each kind whose header is read
 ) -> tuple[list[CheckRow], list[Problem]]:
     "Are the images there, and what are they: rows and the missing ones as problems; no row when there is no frames folder."
-    if not datasets or not Path(datasets[0].frames).is_dir():
-        return [CheckRow('frames', 'folder', 'absent: answers need it, counts do not')], []
-    paths = _first_of(datasets)
+    if not paths: return [CheckRow('frames', 'folder', 'absent: answers need it, counts do not')], []
     gone = [p for p, folder in paths.items() if not (Path(folder)/p).is_file()]
     there = [Path(folder)/p for p, folder in paths.items() if (Path(folder)/p).is_file()]
     kinds = {kind: [p for p in there if (p.parent.name == 'depth') == (kind == 'depth')] for kind in ('colour', 'depth')}
@@ -125,9 +124,48 @@ def check_predictions(
     return [total, *rows, *_official(folder, found.files.values()), CheckRow(folder.name, 'can be scored here', fits)], list(found.problems), own
 
 # %% ../../nbs/mmwalk/check.ipynb #2b864798
-def _loaded(root:Path, split:str, frames:Path|str|None) -> Dataset | Problem:
-    try: return load(root, split, frames)
-    except DataError as e: return Problem('absent', split, str(e), split == 'test')
+@dataclass(frozen=True)
+class _Seen:
+    "What is said of a split; light enough to be handed from process to process."
+    split: str
+    release: str # `absent` where it could not be loaded
+    rows: tuple[CheckRow, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    images: Mapping[str, str] = field(default_factory=dict) # as `check_frames` takes them; empty where there is no frames folder
+    watermark: str | None = None
+
+def _look(root:Path, frames:Path|str|None, split:str) -> _Seen:
+    try: data = load(root, split, frames)
+    except DataError as e: return _Seen(split, 'absent', problems=(Problem('absent', split, str(e), split == 'test'),))
+    images = {m.path: data.frames for s in data.samples for m in s.media} if Path(data.frames).is_dir() else {}
+    return _Seen(split, data.identity['release'], tuple(_split_rows(data)), tuple(data.problems), images, data.watermark)
+
+def _others(root:Path, seen:Sequence[_Seen]) -> tuple[list[CheckRow], list[Problem], dict[str, str]]:
+    "Of the prediction folders beside the splits: rows, problems, releases."
+    rows, problems, releases = [], [], {}
+    for folder in sorted(p for p in root.glob('eval_*') if p.is_dir()):
+        more, odd, releases[folder.name] = check_predictions(folder, next(s.release for s in seen if s.split == 'test'))
+        rows, problems = rows + more, problems + odd
+    return rows, problems, releases
+
+# %% ../../nbs/mmwalk/check.ipynb #8e41acca
+def _can_fork() -> bool:
+    alone = threading.active_count() == 1 and 'torch' not in sys.modules
+    return alone and sys.platform == 'linux' and len(os.sched_getaffinity(0)) > 1
+
+def _look_at_all(root:Path, frames:Path|str|None, fork:bool) -> tuple[list[_Seen], tuple[list[CheckRow], list[Problem], dict[str, str]]]:
+    "Every split, and the prediction folders; train in a copy of this process if wanted."
+    first, *rest = SPLITS
+    if not fork:
+        seen = [_look(root, frames, split) for split in SPLITS]
+        return seen, _others(root, seen)
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    with ProcessPoolExecutor(1, get_context('fork')) as pool:
+        waiting = pool.submit(_look, root, frames, first)
+        seen = [_look(root, frames, split) for split in rest]
+        beside = _others(root, seen)
+        return [waiting.result(), *seen], beside
 
 def check(
     root:Path|str, # a data root
@@ -135,15 +173,9 @@ def check(
 ) -> CheckReport:
     "Load every split and every prediction folder of a data root, count it, and compare with the release it belongs to; what cannot be loaded is a problem."
     root = Path(root)
-    got = {split: _loaded(root, split, frames) for split in SPLITS}
-    data = [d for d in got.values() if isinstance(d, Dataset)]
-    image_rows, missing = check_frames(data)
-    problems = [p for d in got.values() for p in (d.problems if isinstance(d, Dataset) else [d])]
-    releases = {split: d.identity['release'] if isinstance(d, Dataset) else 'absent' for split, d in got.items()}
-    rows = [row for d in data for row in _split_rows(d)]
-    known = set(releases.values()) & {'v1', 'v2'}
-    if len(known) > 1: problems.append(Problem('mixed_releases', root.name, 'splits of v1 and v2; use files of one release'))
-    for folder in sorted(p for p in root.glob('eval_*') if p.is_dir()):
-        more, odd, releases[folder.name] = check_predictions(folder, releases['test'])
-        rows, problems = rows + more, problems + odd
-    return CheckReport(tuple(rows + image_rows), tuple(problems + missing), releases, next((d.watermark for d in data), None))
+    seen, (more, odd, releases) = _look_at_all(root, frames, _can_fork())
+    image_rows, missing = check_frames({path: folder for s in seen for path, folder in s.images.items()})
+    own = {s.split: s.release for s in seen}
+    mixed = [Problem('mixed_releases', root.name, 'splits of v1 and v2; use files of one release')] if {'v1', 'v2'} <= set(own.values()) else []
+    rows, problems = [r for s in seen for r in s.rows], [p for s in seen for p in s.problems]
+    return CheckReport((*rows, *more, *image_rows), (*problems, *mixed, *odd, *missing), {**own, **releases}, next((s.watermark for s in seen if s.release != 'absent'), None))

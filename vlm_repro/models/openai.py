@@ -29,7 +29,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import openai
-from openai.types.chat import ChatCompletion
 from PIL import Image
 
 from ..core.media import MediaError, pixel_hash
@@ -137,21 +136,26 @@ def reply_text(
 
 def _whole(number:Any) -> int: return number if isinstance(number, int) else 0
 
+def _held(whole:Any, key:str) -> dict[str, Any]:
+    found = whole.get(key) if isinstance(whole, dict) else None
+    return found if isinstance(found, dict) else {}
+
 def read_reply(
-    reply:Any, # what the client returned
+    reply:Any, # the JSON that came
     request_id:str, # the sample's id
     sent:Wire, # what was asked
     attempt:int, # which try this was
 ) -> Generation:
     "The answer in a reply; raises BadReply where there is none."
-    if not isinstance(reply, ChatCompletion): raise BadReply(f'the reply is no chat completion (it begins {str(reply)[:40]!r})')
-    if not reply.choices or reply.choices[0].message is None: raise BadReply('the reply has no choices')
-    choice, used = reply.choices[0], reply.usage
-    text = reply_text(choice.message.content)
-    if choice.finish_reason == 'content_filter': raise BadReply('the server withheld the answer (finish reason content_filter)')
-    if text is None: raise BadReply(f'the reply has no text (finish reason {choice.finish_reason!r})')
-    return Generation(request_id, text, n_prompt=_whole(used and used.prompt_tokens), n_new=_whole(used and used.completion_tokens),
-                      pixel_hash=sent.pixel_hash, prompt_hash=sent.prompt_hash, finish_reason='length' if choice.finish_reason == 'length' else 'stop',
+    if not isinstance(reply, dict): raise BadReply(f'the reply is no chat completion (it begins {str(reply)[:40]!r})')
+    choice = next(iter(reply['choices']), None) if isinstance(reply.get('choices'), list) else None
+    message, used = _held(choice, 'message'), _held(reply, 'usage')
+    if not message: raise BadReply('the reply has no choices')
+    text, why = reply_text(message.get('content')), choice.get('finish_reason')
+    if why == 'content_filter': raise BadReply('the server withheld the answer (finish reason content_filter)')
+    if text is None: raise BadReply(f'the reply has no text (finish reason {why!r})')
+    return Generation(request_id, text, n_prompt=_whole(used.get('prompt_tokens')), n_new=_whole(used.get('completion_tokens')),
+                      pixel_hash=sent.pixel_hash, prompt_hash=sent.prompt_hash, finish_reason='length' if why == 'length' else 'stop',
                       attempt=attempt)
 
 # %% ../../nbs/models/openai.ipynb #9a415e8b
@@ -295,11 +299,12 @@ async def _all(self:OpenAIModel, requests:Sequence[Request], max_new_tokens:int,
             for i, request in todo: tell((i, await self._one(client, request, max_new_tokens, traffic)))
         await asyncio.gather(*(work() for _ in range(min(len(requests), _AHEAD*self.concurrency))))
 
-async def _send(self:OpenAIModel, client:openai.AsyncOpenAI, sent:Wire, max_new_tokens:int) -> ChatCompletion:
+async def _send(self:OpenAIModel, client:openai.AsyncOpenAI, sent:Wire, max_new_tokens:int) -> Any:
     "One attempt."
+    body = {'model': self.model, 'messages': sent.messages, self.token_field: max_new_tokens, **self.body}
     async with asyncio.timeout(self.timeout):
-        # messages are in their final form; as an argument they would be walked through once more, which takes as long as the rest of a call
-        return await client.chat.completions.create(model=self.model, messages=[], extra_body={'messages': sent.messages, self.token_field: max_new_tokens, **self.body})
+        # JSON as it is, out and in: the client's own types would be walked through on both ways, which takes as long as the rest of a call
+        return await client.post('/chat/completions', cast_to=object, body=body)
 
 OpenAIModel._all, OpenAIModel._send = _all, _send
 
@@ -310,7 +315,7 @@ async def _try(self:OpenAIModel, client:openai.AsyncOpenAI, request:Request, sen
         reply = await self._send(client, sent, limit)
         answer = read_reply(reply, request.id, sent, attempt)
     except _CAUGHT as error: return fault_of(error, self.host)
-    self.served.add(reply.model or self.model)
+    self.served.add(str(reply.get('model') or self.model))
     return answer
 
 async def _one(self:OpenAIModel, client:openai.AsyncOpenAI, request:Request, limit:int, traffic:_Traffic) -> Generation:
