@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,6 +148,16 @@ def test_groups_stay_together_where_that_costs_no_balance():
 
 def test_one_group_is_shared_out_all_the_same():
     assert [len(p) for p in deal([5.]*40, 4, ['shots']*40)] == [10]*4
+
+
+@pytest.mark.parametrize('n, world', [(7, 7), (8, 8), (3, 3), (16, 8), (24, 8), (64, 8), (12, 2)])
+def test_a_shared_beginning_costs_no_balance(n, world):
+    rng = np.random.default_rng(n)
+    for _ in range(20):
+        costs = list(rng.normal(100, 8, n))
+        shared, apart = (max(sum(costs[i] for i in p) for p in deal(costs, world, groups)) for groups in (['shots']*n, ()))
+        assert shared <= 1.2*apart
+    assert sorted(sum(([1.]*100 + [200.])[i] for i in p) for p in deal([1.]*100 + [200.], 2, ['shots']*101)) == [100, 200]
 
 
 def test_more_processes_than_requests():

@@ -10,6 +10,7 @@ __all__ = ['deepest', 'deal']
 # %% ../../nbs/core/shards.ipynb #184aed27
 from collections import Counter
 from collections.abc import Sequence
+from math import ceil
 
 # %% ../../nbs/core/shards.ipynb #a028f888
 def deepest(
@@ -28,6 +29,16 @@ def _whole(costs:Sequence[float], world:int, units:Sequence[Sequence[int]]) -> t
         loads[least] += cost
     return parts, loads
 
+def _pieces(costs:Sequence[float], unit:Sequence[int], share:float) -> list[list[int]]:
+    "A group in order, in as many parts of equal cost as it has shares."
+    total, before = sum(costs[i] for i in unit), 0.
+    n = max(1, ceil(total/share - 1e-9))
+    pieces:list[list[int]] = [[] for _ in range(n)]
+    for i in unit:
+        pieces[min(n - 1, int((before + costs[i]/2)*n/total))].append(i)
+        before += costs[i]
+    return [p for p in pieces if p]
+
 def _even(parts:list[list[int]], loads:list[float], costs:Sequence[float]) -> None:
     "Moves requests, the last of a part first, until no process has more than its share and another less."
     share = sum(loads)/len(loads)
@@ -40,6 +51,19 @@ def _even(parts:list[list[int]], loads:list[float], costs:Sequence[float]) -> No
         if not moved: return
         parts[least] += reversed(moved)
 
+def _closer(parts:list[list[int]], loads:list[float], costs:Sequence[float]) -> None:
+    "Moves single requests from the fullest to the emptiest process as long as that lowers the fullest by more than a hundredth of a share."
+    enough = sum(loads)/len(loads)/100
+    for _ in costs:
+        most, least = loads.index(max(loads)), loads.index(min(loads))
+        gap = loads[most] - loads[least]
+        movable = [i for i in parts[most] if enough < costs[i] < gap - enough]
+        if not movable: return
+        best = min(reversed(movable), key=lambda i: abs(costs[i] - gap/2))
+        parts[most].remove(best)
+        parts[least].append(best)
+        loads[most], loads[least] = loads[most] - costs[best], loads[least] + costs[best]
+
 def deal(
     costs:Sequence[float], # of each request, above 0
     world:int, # number of processes
@@ -49,6 +73,8 @@ def deal(
     if world < 1: raise ValueError(f'world={world}: give 1 or more')
     units:dict[str, list[int]] = {}
     for i in range(len(costs)): units.setdefault(groups[i] if groups and groups[i] else f' {i}', []).append(i)
-    parts, loads = _whole(costs, world, list(units.values()))
+    share = sum(costs)/world
+    parts, loads = _whole(costs, world, [piece for unit in units.values() for piece in _pieces(costs, unit, share)])
     _even(parts, loads, costs)
+    _closer(parts, loads, costs)
     return parts
