@@ -194,6 +194,15 @@ def test_a_file_that_changes_is_read_again(folders, tmp_path):
     assert hashes[0] != hashes[1]
 
 
+@pytest.mark.parametrize('family', ('qwen2_vl', 'qwen2_5_vl'))
+def test_pictures_of_one_colour_and_another_shape_are_two(family, models, tmp_path):
+    model, asked = models(family), []
+    for size in ((56, 112), (112, 56), (28, 224)):
+        Image.new('RGB', size, 'teal').save(path := tmp_path/f'{size[0]}.png')
+        asked.append(encode_once(model.preparer, [user('What is this?', str(path))], Bounded(0)))
+    assert len({whole(e).tensors['pixel_values'].shape for e in asked}) == 1 and len({e.images[0].digest for e in asked}) == len({e.pixel_hash for e in map(whole, asked)}) == 3
+
+
 # Answers. ------------------------------------------------------------------------------------------------------------------------------------------------
 
 def conversations(pictures, shots, n=7):

@@ -164,12 +164,19 @@ def open_images(
     return open_parts(image_parts(messages), workers)
 
 # %% ../../nbs/models/inputs.ipynb #bb0a9a09
+def _blocks(
+    pixels:torch.Tensor, # of all images
+    grid:torch.Tensor|None, # time, height, width of each image in patches
+) -> list[torch.Tensor]: # in the shape of the image: one of a single colour has the same patches upright and lying
+    if grid is None: return list(pixels.split(1))
+    return [rows.reshape(*thw, -1) for rows, thw in zip(pixels.split(grid.prod(-1).tolist()), grid.tolist(), strict=True)]
+
 def block_hashes(
     tensors:Mapping[str, torch.Tensor], # of an image processor
 ) -> list[str]: # one an image where `image_grid_thw` says which rows are whose; else one a tile or view
-    "Digests of the pixel values, piece by piece, so that a piece has the same digest in any company."
+    "Digests of the pixel values and their arrangement, piece by piece, so that a piece has the same digest in any company."
     pixels, grid = [tensors[k] for k in sorted(tensors) if k.startswith('pixel_values')], tensors.get('image_grid_thw')
-    return [pixel_hash(block) for p in pixels for block in p.split(grid.prod(-1).tolist() if grid is not None else 1)]
+    return [pixel_hash(block) for p in pixels for block in _blocks(p, grid)]
 
 def processed(
     preparer:Preparer, # of the checkpoint
