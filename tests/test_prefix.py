@@ -1,11 +1,13 @@
 """Shared beginnings of prompts: found, encoded once, and without a trace in the answers."""
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from vlm_repro.core.generate import generate
 from vlm_repro.core.media import MediaError
 from vlm_repro.core.pins import pin_model
 from vlm_repro.core.records import Request
@@ -373,6 +375,18 @@ def test_a_model_says_whether_it_shares(family, folders, pictures):
     assert bool(model.prefix_keys(asked)) is shares and bool(model.reused()) is shares
     off = load_model(str(folders(family)), share_prefixes=False)
     assert off.describe()['shared_prefixes'] == 'no: not asked for' and off.reader is None and off.prefix_keys(asked) == ()
+
+
+def test_a_report_says_what_was_shared(folders, pictures, tmp_path):
+    asked, model = conversations(pictures, 3), load_model(str(folders('qwen2_vl')))
+    run = open_run(tmp_path/'run', {})
+    report = generate(model, asked, run, batch_size=4, max_new_tokens=2, progress=False)
+    count, kept = model.reused(), run.rows('launches')[-1]['ranks'][0]['shared']
+    assert kept == {k: count[k] for k in ('tokens', 'tokens_read', 'images', 'images_encoded')} and 0 < kept['tokens_read'] < kept['tokens']
+    assert f'{kept["tokens_read"]:,} of {kept["tokens"]:,} prompt tokens read, {kept["images_encoded"]} of {kept["images"]} images encoded' in str(report)
+    again = generate(model, [replace(r, id=f'{r.id} again') for r in asked], run, batch_size=4, max_new_tokens=2, progress=False)
+    assert again.accounts[0].shared['tokens'] == kept['tokens'] and again.accounts[0].shared['images_encoded'] == 0
+    run.close()
 
 
 def test_what_would_break_is_not_shared(folders):

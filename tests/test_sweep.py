@@ -255,6 +255,13 @@ def test_parameters_of_a_job():
         Job("j", Path("/50%/logs"), "true", {})
 
 
+def test_a_job_takes_the_machines_that_it_asks_for(tmp_path):
+    def nodes(asks, own=None): return [line for line in slurm_script(Job('a', tmp_path, 'true', asks, nodes=own)).splitlines() if '--nodes' in line]
+    assert (nodes({}), nodes({'nodes': '3'}), nodes({}, 2), nodes({'nodes': 2}, 2)) == (['#SBATCH --nodes=1'], ['#SBATCH --nodes=3'], ['#SBATCH --nodes=2'], ['#SBATCH --nodes=2'])
+    with pytest.raises(SlurmError, match='leave the parameter out'): nodes({'nodes': 3}, 2)
+    with pytest.raises(SlurmError, match='whole number'): nodes({'nodes': 'two'})
+
+
 def test_the_script_runs_every_run_with_its_parameters_as_they_are(tmp_path, book, capsys, monkeypatch):
     fake = tmp_path / "bin"
     fake.mkdir()

@@ -2,6 +2,7 @@
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,15 @@ def test_a_papers_training_takes_the_processes_of_the_run(tmp_path, capsys):
     assert "--nproc-per-node 2" in capsys.readouterr().out and trained.steps == trained.of == 2
     assert tune(recipe, tmp_path, nproc=3, device="cpu").weights == trained.weights  # finished: taken as it is
     assert "--nproc-per-node" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the wish to end with the parent is Linux's")
+def test_what_a_killed_launcher_started_ends_too(tmp_path):
+    own = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    code = f"import sys; from vlm_repro.train.launch import stream; stream([sys.executable, '-c', {own!r}])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as launcher:
+        started = int(launcher.stdout.readline())
+        launcher.kill()
+    until = time.monotonic() + 10
+    while Path(f"/proc/{started}").exists() and Path(f"/proc/{started}/stat").read_text().split()[2] != "Z" and time.monotonic() < until: time.sleep(.05)
+    assert time.monotonic() < until

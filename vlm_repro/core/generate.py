@@ -100,6 +100,7 @@ class Account:
     peak: Mapping[str, float] = field(default_factory=dict) # shares of the device's peak; empty for a device that is not known
     load_s: float = 0. # loading the model took, seconds; 0 where it was loaded before
     first_s: float = 0. # from the loaded model to the first answer on the disk, seconds
+    shared: Mapping[str, int] = field(default_factory=dict) # tokens of prompts and how many of them were read, images and how many were encoded; empty where nothing is shared
 
     def cells(self) -> tuple[str, ...]:
         "A row of a table."
@@ -126,7 +127,14 @@ class GenerateReport:
         waits = [a.waits for a in self.accounts if a.waits]
         who = f'; {sum(waits[1:], waits[0])}' if waits and self.made else ''
         start = f', and {self.start_s:.0f} s to start {len(self.accounts)} processes' if len(self.accounts) > 1 else ''
-        return f'{self.made} generated{rate}{start}, {self.reused} reused from the run folder, failed: {lost}{who}'
+        return f'{self.made} generated{rate}{start}, {self.reused} reused from the run folder, failed: {lost}{who}{self._shared()}'
+
+    def _shared(self) -> str:
+        total = Counter[str]()
+        for a in self.accounts: total.update(a.shared)
+        if not total['tokens']: return ''
+        seen = f', {total["images_encoded"]:,} of {total["images"]:,} images encoded' if total['images'] else ''
+        return f'; {total["tokens_read"]:,} of {total["tokens"]:,} prompt tokens read{seen}, the rest shared'
 
     def _repr_markdown_(self) -> str:
         if not any(a.peak for a in self.accounts) and len(self.accounts) < 2: return str(self)
@@ -197,7 +205,7 @@ def answer_batches(
 ) -> tuple[list[Generation], Account]: # what was answered, and how
     "Answers batches, each on the disk before the next is asked; raises GenerateError if it should not go on."
     prepare, answer = _halves(model, max_new_tokens)
-    made, timings, lost = [], [], 0
+    made, timings, lost, before = [], [], 0, _shared(model)
     with Feed(batches, prepare) as feed:
         for item in feed:
             watcher.begin([r.id for r, _ in item.batch])
@@ -210,10 +218,17 @@ def answer_batches(
             _check(new, strict)
             lost = lost + 1 if all(_label(g) in _DOWN for g in new) else 0
             if lost == _PATIENCE: raise GenerateError(f'{lost} batches in a row failed altogether, the last with {new[-1].error} (mend the server, or raise its timeout, and run again to continue)')
-        return made, _account(model, made, timings, feed.waits, rank)
+        shared = {k: n - before[k] for k, n in _shared(model).items()}
+        return made, replace(_account(model, made, timings, feed.waits, rank), shared=shared)
 
 # %% ../../nbs/core/generate.ipynb #835d23da
 _BITS = {'float32': 32, 'bfloat16': 16, 'float16': 16}
+
+_SHARED = ('tokens', 'tokens_read', 'images', 'images_encoded')
+
+def _shared(model:'Model') -> dict[str, int]:
+    counts = model.reused() if hasattr(model, 'reused') else {}
+    return {k: counts[k] for k in _SHARED if k in counts}
 
 def _account(model:'Model', made:Sequence[Generation], timings:Sequence[Mapping[str, Any]], waits:Waits, rank:int) -> Account:
     about, good = model.describe(), [g for g in made if not g.error]

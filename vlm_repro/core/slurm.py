@@ -22,9 +22,9 @@ from .text import near
 
 # %% ../../nbs/core/slurm.ipynb #9da6e43b
 SLURM: dict[str, Any] = {'time': 1440, 'signal_before_s': 120, 'requeue': 10}
-KNOWN = ('partition', 'time', 'gpus', 'account', 'qos', 'mem', 'cpus_per_task', 'constraint', 'exclude', 'nodelist', 'gres', 'exclusive', 'comment', 'dependency',
+KNOWN = ('partition', 'time', 'nodes', 'gpus', 'account', 'qos', 'mem', 'cpus_per_task', 'constraint', 'exclude', 'nodelist', 'gres', 'exclusive', 'comment', 'dependency',
          'reservation', 'licenses', 'setup', 'parallel', 'signal_before_s', 'requeue')
-_COUNTS = ('gpus', 'cpus_per_task', 'parallel', 'signal_before_s', 'requeue')
+_COUNTS = ('nodes', 'gpus', 'cpus_per_task', 'parallel', 'signal_before_s', 'requeue')
 _FLAGS = ('mem', 'reservation', 'licenses') # handed to sbatch as they are written
 
 class SlurmError(ValueError):
@@ -54,13 +54,14 @@ class Job:
     command: str # what every machine runs, as a line of shell
     asks: Mapping[str, Any] # parameters by name, as `KNOWN` has them
     gpus: int|str = 0 # on each machine, where the parameters do not say
-    nodes: int = 1 # machines
+    nodes: int|None = None # machines, where the command says how many; None leaves it to the parameters
     arguments: tuple[Sequence[str], ...] = () # one list of words a job of the array, which the command finds as `"$@"`; empty for a job without
 
     def __post_init__(self) -> None:
         for key in self.asks:
             if key not in KNOWN: raise SlurmError(f'slurm {key}: unknown; {near(key, KNOWN)}')
         if '%' in str(self.folder): raise SlurmError(f'{self.folder}: Slurm reads % in the name of a log as a pattern; name a folder without')
+        if self.nodes and _count('nodes', self.asks.get('nodes', self.nodes)) != self.nodes: raise SlurmError(f'slurm nodes={self.asks["nodes"]}, but the command is for {self.nodes}; leave the parameter out')
         for key in _COUNTS: _count(key, self.asks.get(key, SLURM.get(key, 0)))
 
 def _count(key:str, value:Any) -> int:
@@ -79,7 +80,7 @@ def slurm_settings(
     flags = {key: own[key] for key in _FLAGS if own[key] is not None}
     again = {'requeue': True} if _count('requeue', own['requeue']) else {'no-requeue': True}
     wide = {'array_parallelism': _count('parallel', own['parallel'])} if own['parallel'] is not None else {}
-    return {'job_name': job.name, 'nodes': job.nodes, 'ntasks_per_node': 1, **({'gpus_per_node': gpus} if _count('gpus', gpus) else {}), **asks, **wide,
+    return {'job_name': job.name, 'nodes': _count('nodes', asks.pop('nodes', job.nodes or 1)), 'ntasks_per_node': 1, **({'gpus_per_node': gpus} if _count('gpus', gpus) else {}), **asks, **wide,
             'stderr_to_stdout': True, 'setup': _before(job, own['setup'], _count('requeue', own['requeue'])), 'teardown': list(_AFTER),
             'additional_parameters': {**flags, **again, 'signal': f'B:USR2@{own["signal_before_s"]}'}}
 

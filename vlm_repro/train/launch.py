@@ -8,6 +8,8 @@ Docs: https://vlm-repro.github.io/vlm_repro/train/launch.html.md"""
 __all__ = ['Machines', 'train_folder', 'torchrun', 'slurm_job', 'LaunchError', 'stream', 'Plan', 'launch_plan', 'launch']
 
 # %% ../../nbs/train/launch.ipynb #79564a4a
+import ctypes
+import os
 import shlex
 import shutil
 import signal
@@ -17,6 +19,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +93,19 @@ def _passing_on(process:subprocess.Popen) -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
+def _end_with(parent:int) -> None:
+    "Called in a child before its program starts: SIGTERM, which training takes as a wish to save and stop, once the parent is gone, however it ended."
+    if sys.platform != 'linux': return
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent: os._exit(1)
+
 def stream(
     words:Sequence[str], # a command
     keep:int=20, # last lines to show again when it fails
 ) -> None:
     "Runs a command and prints what it says as it says it; raises LaunchError if it fails."
     said:list[str] = []
-    with subprocess.Popen(list(words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1) as process:
+    with subprocess.Popen(list(words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1, preexec_fn=partial(_end_with, os.getpid())) as process:
         try:
             with _passing_on(process):
                 for text in process.stdout:
