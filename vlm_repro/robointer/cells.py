@@ -18,7 +18,7 @@ import numpy as np
 from ..core.records import ERROR_LABELS, Sample, Score
 from ..metrics.statistics import Reduce, clustered_interval
 from ..report.published import Cell, Cells
-from .kinds import KINDS, Kind
+from .kinds import KINDS, Kind, record_id, sub_kind
 from .planning import BLEUS
 from .records import source_of
 from .score import METRICS
@@ -86,7 +86,7 @@ def row_name(
     return CHECKPOINTS.get(known, name) + (f' / {tuned}' if tuned else '')
 
 #: what an interval takes for independent
-CLUSTERS: Mapping[str, Callable[[Sample], str]] = {'episode': lambda s: s.meta.get('episode') or s.id.rsplit('#', 1)[0]}
+CLUSTERS: Mapping[str, Callable[[Sample], str]] = {'episode': lambda s: s.meta.get('episode') or record_id(s).rsplit('#', 1)[0]}
 
 def source_name(
     sample:Sample, # any
@@ -101,7 +101,7 @@ def groups_of(
     held: dict[str, set[str]] = {'': {s.id for s in samples}}
     for s in samples:
         held.setdefault(f' ({source_name(s)})', set()).add(s.id)
-        if s.meta.get('kind'): held.setdefault(f' ({s.meta["kind"]})', set()).add(s.id)
+        if s.meta['task'].startswith('planning') and (said := sub_kind(s)): held.setdefault(f' ({said})', set()).add(s.id)
     return {k: v for k, v in held.items() if not k or len(v) < len(samples)}
 
 # %% ../../nbs/robointer/cells.ipynb #11435efb

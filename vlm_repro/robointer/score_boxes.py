@@ -19,7 +19,7 @@ from ..core.records import Answer, Sample, Score, paired
 from ..core.tasks import one_of
 from .coordinates import KINDS, PIXELS, SOURCES, Box, Frame, FrameError, box_of, iou, published_rescale
 from .extract import call_failed, frame_of, read_places
-from .kinds import kind_of
+from .kinds import kind_of, record_id
 from .readings import numbers_in, published_box
 from .records import truth_of
 
@@ -106,7 +106,7 @@ def score_box(
     "The score of one box; raises FrameError for a gold that is no box."
     if answer.extractor.startswith('as_written'):
         named = source or PUBLISHED_SOURCE[sample.meta['frame']]
-        return Score(sample.id, METRIC, 'as_published', box_values(published_box_score(sample.id, answer.value or '', sample.gold, named)), answer.error or 'ok')
+        return Score(sample.id, METRIC, 'as_published', box_values(published_box_score(record_id(sample), answer.value or '', sample.gold, named)), answer.error or 'ok')
     true = gold_box(sample)
     if answer.value is None: return Score(sample.id, METRIC, 'corrected', None if call_failed(answer) else box_values(0.), answer.error or answer.status)
     box = box_of(json.loads(answer.value), true.frame)

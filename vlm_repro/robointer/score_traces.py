@@ -20,6 +20,7 @@ import numpy as np
 from ..core.records import Answer, Sample, Score
 from .coordinates import PIXELS, FrameError, Points, published_rescale, trace_of
 from .extract import call_failed, frame_of
+from .kinds import record_id
 from .readings import published_trace
 from .score_boxes import PUBLISHED_SOURCE, gold_value, published_frames, published_size
 
@@ -158,7 +159,7 @@ def _corrected(sample:Sample, answer:Answer, metrics:Mapping[str, Callable[[XY, 
     return [Score(sample.id, name, 'corrected', (round(v, 9), 1.) if math.isfinite(v) else None, label if math.isfinite(v) else f'length: {len(a)} points where {len(b)} are true') for name, v in found.items()]
 
 def _written(sample:Sample, answer:Answer, source:str) -> tuple[np.ndarray, np.ndarray]:
-    return published_walks(sample.id, answer.value or '', sample.gold, source or PUBLISHED_SOURCE[sample.meta['frame']])
+    return published_walks(record_id(sample), answer.value or '', sample.gold, source or PUBLISHED_SOURCE[sample.meta['frame']])
 
 def score_trace(
     sample:Sample, # what was asked

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..core.jsonl import DataError
 from ..core.records import Generation, Sample, paired
-from .kinds import KINDS
+from .kinds import KINDS, record_id
 from .language import LanguageResults
 from .planning import published_choice
 from .score_boxes import published_box_score, source_by_name
@@ -68,7 +68,7 @@ def details_of(
 ) -> list[dict[str, Any]]: # as the published evaluators write them
     "Answers in the published form; a call that failed leaves an empty answer."
     def size(s:Sample) -> dict[str, list[int]]: return {'image_size': [int(s.meta['w']), int(s.meta['h'])]} if s.meta.get('w') and s.meta.get('h') else {}
-    return [{'id': s.meta.get('record', s.id), 'pred': g.text, 'gt': s.gold, 'image_path': s.media[0].path if s.media else '', **size(s)} for s, g in paired(samples, generations)]
+    return [{'id': record_id(s), 'pred': g.text, 'gt': s.gold, 'image_path': s.media[0].path if s.media else '', **size(s)} for s, g in paired(samples, generations)]
 
 def write_details(
     folder:Path|str, # of a model
