@@ -1,4 +1,5 @@
 """One run in several processes: dealing, shards, processes that die, launchers that die, resuming with another number of them."""
+import csv
 import json
 import os
 import random
@@ -17,11 +18,12 @@ import pytest
 import torch
 
 from vlm_repro.core.generate import GenerateError, buckets, generate
+from vlm_repro.core.pins import pin_model
 from vlm_repro.core.processes import Processes, command, plan_for, processes, processes_for, trouble
 from vlm_repro.core.records import Generation, Request, to_row
 from vlm_repro.core.runs import RunError, open_run, open_shard, read_run
 from vlm_repro.core.shards import deal, deepest
-from vlm_repro.core.tasks import extract_run, generations_of, get_task, make_settings, prepare, start
+from vlm_repro.core.tasks import extract_run, get_task, make_settings, prepare, rescore, start
 from vlm_repro.core.workers import PLAN, Plan, State, alive, load_again, read_plan, read_state, why_stop, write_state
 from vlm_repro.mmwalk.world import Size, build_world
 from vlm_repro.models.protocol import Lengths, load_model
@@ -258,10 +260,18 @@ def test_an_incomplete_run_in_shards_is_not_scored_unless_told(world, tmp_path):
     shard = open_shard(run.root, 0, 2)
     shard.append('predictions', [to_row(Generation(requests[0].id, 'Yes.'))])
     shard.close()
-    with pytest.raises(RunError, match=f'{len(requests) - 1} of {len(requests)} samples have no prediction yet'): extract_run(TASK, settings, run)
-    assert [a.id for a in extract_run(TASK, settings, run, partial=True)] == [requests[0].id]
-    assert len(generations_of(run, partial=True)) == 1
+    pin_model(run, {'class': 'by hand'})
     run.close()
+    left = f'{len(requests) - 1} of {len(requests)} samples have no prediction yet'
+    with pytest.raises(RunError, match=left): extract_run(TASK, settings, run)
+    with pytest.raises(RunError, match=left): rescore(run.root, tmp_path/'scored')
+    for out in (None, run.root):
+        with pytest.raises(RunError, match='name another `out`'): rescore(run.root, out, partial=True)
+    scored = rescore(run.root, tmp_path/'scored', partial=True)
+    scored.close()
+    assert [row['id'] for row in scored.rows('samples')] == [requests[0].id] and f'1 of {len(requests)} questions are answered' in scored.manifest['watermark']
+    with scored.path('table.csv').open() as table: statuses = {row['reason'] for row in csv.DictReader(table)}
+    assert statuses and all('a part of the questions' in s or not s for s in statuses), statuses
 
 
 def test_a_folder_of_an_older_version_is_continued_and_of_a_newer_refused(tmp_path, capsys):

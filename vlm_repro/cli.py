@@ -178,6 +178,7 @@ def score(
     root:Annotated[str, typer.Option(help='For prediction files: the data root with the gold answers; by default the folder that theirs lies in.')]='',
     paper:Annotated[str, typer.Option(help='For prediction files: whose form they have.')]='mmwalk',
     server:Annotated[str, typer.Option(help='How a judge behind a server is asked, such as concurrency=16,timeout=60.')]='',
+    partial:Annotated[bool, typer.Option('--partial', help='Score a run that has not answered everything, in another folder: say which with --out. It is marked, and never compared with the paper.')]=False,
 ) -> None:
     """Extract, score and tabulate a run's answers again, with no model and no image.
 
@@ -188,7 +189,7 @@ def score(
     vlm-repro score theirs/eval_Qwen2_normal_0s --root DIR
     """
     from vlm_repro.cli_run import closing, parse_pairs
-    given = {**parse_pairs(parameter), **({'judge': judge} if judge else {}), **({'server': server} if server else {}), **({'data_root': root} if root else {})}
+    given = {**parse_pairs(parameter), **({'judge': judge} if judge else {}), **({'server': server} if server else {}), **({'data_root': root} if root else {}), **({'partial': True} if partial else {})}
     made = _scored(folder, out or None, paper, given)
     made.close()
     typer.echo(closing(made.root))
