@@ -139,3 +139,12 @@ def test_manifest_never_outlives_what_it_describes(tmp_path):
     assert not run.complete
     with pytest.raises(RunError, match='not complete'): run.manifest
     run.close()
+
+
+@pytest.mark.parametrize('text, why', [('{"settings": {', 'not JSON'), ('[]', 'holds no settings'), ('{}', 'holds no settings'), ('{"settings": 3}', 'holds no settings')])
+def test_broken_settings_are_an_error_and_leave_no_lock(tmp_path, text, why):
+    (path := tmp_path/'settings.json').write_text(text)
+    for opened in (lambda: open_run(tmp_path, SETTINGS, wait_s=.1), lambda: read_run(tmp_path)):
+        with pytest.raises(RunError, match=why): opened()
+    path.unlink()
+    open_run(tmp_path, SETTINGS, wait_s=.1).close()

@@ -213,6 +213,14 @@ def _known(root:Path, claimed:Mapping[str, Any]) -> None:
     if (found := claimed.get('format', 1)) > FORMAT:
         raise RunError(f'{root}: written by vlm_repro {claimed.get("version", "of later")} in format {found}, and vlm_repro {vlm_repro.__version__} reads formats up to {FORMAT}; install the newer version, or name another `out`')
 
+def _read_claim(path:Path) -> dict[str, Any]:
+    "What `settings.json` says; raises RunError for a file that is broken, or of a later version."
+    try: claimed = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e: raise RunError(f'{path}: not JSON ({e}); restore the file, or run again in another folder') from e
+    if not isinstance(claimed, dict) or not isinstance(claimed.get('settings'), dict): raise RunError(f'{path}: holds no settings of a run; restore the file, or run again in another folder')
+    _known(path.parent, claimed)
+    return claimed
+
 def _grown(old:Mapping[str, Any], new:Mapping[str, Any]) -> str:
     "What to say where the settings differ in nothing but parameters that only one version has."
     was, names = old['settings'], {'it had no': new.keys() - old['settings'].keys(), 'this one has no': old['settings'].keys() - new.keys()}
@@ -226,8 +234,7 @@ def utc_now() -> str: # such as `2026-01-31T12:00:00+00:00`
 
 def _claim(root:Path, settings:Mapping[str, Any], runtime:Mapping[str, Any]) -> None:
     path, new = root/'settings.json', json.loads(_pretty(settings))
-    old = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {'settings': new, 'started': utc_now(), 'format': FORMAT}
-    _known(root, old)
+    old = _read_claim(path) if path.exists() else {'settings': new, 'started': utc_now(), 'format': FORMAT}
     if old['settings'] != new: raise RunError(f'{root} holds a run with other settings; name another `out`.{_grown(old, new)}\n{difference(old["settings"], settings)}')
     if (before := old.get('format', 1)) < FORMAT: print(f'{root}: written by an older version (format {before}); continued, as format {FORMAT}')
     _replace(path, _pretty({**old, 'runtime': runtime, 'format': FORMAT, 'version': vlm_repro.__version__}))
@@ -262,7 +269,7 @@ def open_run(
     try:
         _claim(root, settings, runtime or {})
         outlast_shards(root, wait_s)
-    except RunError:
+    except BaseException:
         run.close()
         raise
     for f in root.glob('*.jsonl'): _mend(f)
@@ -274,8 +281,7 @@ def read_run(
     "A run for reading, complete or not; raises RunError if the folder holds none."
     path = Path(root)/'settings.json'
     if not path.exists(): raise RunError(f'{root}: no settings.json here, so this is no run folder')
-    try: _known(Path(root), json.loads(path.read_text(encoding='utf-8')))
-    except ValueError as e: raise RunError(f'{path}: not JSON ({e}); restore the file, or run again in another folder') from e
+    _read_claim(path)
     return RunFolder(root)
 
 def open_shard(
