@@ -12,6 +12,7 @@ from vlm_repro.core.media import MediaError
 from vlm_repro.core.pins import pin_model
 from vlm_repro.core.records import Request
 from vlm_repro.core.runs import RunError, open_run
+from vlm_repro.models import sharing
 from vlm_repro.models.choices import by_likelihood
 from vlm_repro.models.families import FAMILIES, random_checkpoint
 from vlm_repro.models.features import Bounded, encode_once, whole
@@ -266,6 +267,27 @@ def test_logits_are_those_of_one_prompt_at_a_time(family, attention, models, pic
     sharing = models(family, attention=attention)
     for rows in ([0, 1, 2, 3, 4, 5, 6], [6, 2, 0], [5]):
         torch.testing.assert_close(first_logits(sharing, [asked[r] for r in rows]), plain[rows], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('attention', ('sdpa', 'eager'))
+@pytest.mark.parametrize('family', SHARED)
+def test_groups_with_padding_as_a_gpu_reads_them_change_no_answer(family, attention, folders, models, alone, pictures, monkeypatch):
+    "Rows of different lengths and starts in one pass."
+    seen, groups = [], sharing._groups
+
+    def padded(sizes, exact):
+        seen.extend(tuple(sizes[g]) for g in groups(sizes, False))
+        return groups(sizes, False)
+    monkeypatch.setattr(sharing, '_groups', padded)
+    model, asked = load_model(str(folders(family)), attention=attention), conversations(pictures, 3)
+    assert [g.token_ids for k in range(0, 7, 4) for g in model.generate(asked[k:k + 4], 10)] == [g.token_ids for g in alone(family, 3)]
+    assert any(len({n for n, _ in g}) > 1 for g in seen) and any(len({start for _, start in g}) > 1 for g in seen)
+    plain = torch.cat([first_logits(models(family, share_prefixes=False, attention=attention), [r]) for r in asked])
+    model.reader.clear()
+    torch.testing.assert_close(first_logits(model, asked), plain, atol=1e-5, rtol=1e-5)
+    choices = [['A', 'bcd', 'left']]*7
+    expected = models(family).score_choices(asked, choices)
+    for g, e in zip(model.score_choices(asked, choices), expected): assert g.choice_logprobs == pytest.approx(e.choice_logprobs, abs=2e-5)
 
 
 @pytest.mark.parametrize('family', SHARED)
