@@ -92,7 +92,7 @@ def run(
     paper:Annotated[str, typer.Argument(help='Which paper; `vlm-repro papers` lists them.')],
     parameter:Annotated[list[str], typer.Option('-p', '--parameter', metavar='NAME VALUE', help="A parameter of the paper's notebook; may be repeated.")]=[],
     out:Annotated[str, typer.Option(help='The folder of the run; by default runs/PAPER/HASH, the hash being that of its settings.')]='',
-    limit:Annotated[int|None, typer.Option(min=0, metavar='N', help='Ask so many questions only, as `-p limit N`; 0 for all.')]=None,
+    limit:Annotated[int|None, typer.Option(min=0, metavar='N', help='Ask so many questions only (mmWalk: of each category, GPT4Scene: of each benchmark), as `-p limit N`; 0 for all.')]=None,
     verbose:Annotated[bool, typer.Option('--verbose', help='At the end, print every question with its answer and the right one.')]=False,
     quiet:Annotated[bool, typer.Option('--quiet', '-q', help='Show no progress.')]=False,
 ) -> None:
