@@ -133,10 +133,15 @@ def missed(id: str, figures: Mapping[str, float]) -> list[str]:
     return [name for name, claim in claims_of(id)["claims"].items() if meets(figures[name], claim["goal"]) is False]
 
 
+def portable(word: str) -> str:
+    """A word of a command line without where things lie on this machine."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
 def finish(id: str, options: argparse.Namespace, begun: datetime, figures: dict[str, float], profile: Callable[[], Any] | None = None, **held: Any) -> dict[str, Any]:
     """Write the result where one is wanted, with a profile where a goal is missed, and print it as one line."""
     lost = missed(id, figures)
-    result = {"id": id, "what": claims_of(id)["of"], "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]), "begun": begun.isoformat(timespec="seconds"),
+    result = {"id": id, "what": claims_of(id)["of"], "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *map(portable, sys.argv[1:])]), "begun": begun.isoformat(timespec="seconds"),
               "quick": options.quick, "predicted_in": None if options.quick else committed(id), "machine": machine(), "figures": figures, "missed": lost, **held}
     if lost and profile and not options.quick: result["profile"] = profile()
     if options.out:

@@ -72,6 +72,7 @@ def test_a_committed_result_was_predicted_before_and_is_whole(name):
     check(held, held["id"])
     assert not held["quick"] and held["predicted_in"], "a result of the small sizes, or without a committed prediction"
     for claim in held["missed"]: assert "profile" in held, f"{claim} misses its goal, so the file needs a profile"
+    assert not [word for word in held["command"].split() if word.startswith("/")], "where things lie on a machine is nobody's affair"
 
 
 def test_the_goals_of_the_committed_results_are_looked_at_anew(monkeypatch):
