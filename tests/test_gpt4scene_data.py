@@ -1,0 +1,243 @@
+"""GPT4Scene's files: every odd case, every way in which a file can be bad, chunk files of the published program, and the check."""
+import json
+import pickle
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+from vlm_repro.core.jsonl import DataError
+from vlm_repro.gpt4scene.annotations import CORPUS, FILES, LOOKUP
+from vlm_repro.gpt4scene.attributes import OBJECTS, PROPOSALS, attributes_of, read_attributes, write_attributes
+from vlm_repro.gpt4scene.check import check
+from vlm_repro.gpt4scene.chunks import chunk_ranges, read_chunks, read_predictions, write_chunks
+from vlm_repro.gpt4scene.data import LISTED, choose, load, parse_benchmarks
+from vlm_repro.gpt4scene.download import get, plan, remote_files
+from vlm_repro.gpt4scene.rows import row_of
+from vlm_repro.gpt4scene.scanalign import INFO, OPENAI, info_entry, open_scanalign
+
+BOX = [0, 0, .5, .6, .6, 1]
+
+
+def row(**more):
+    return {'scene_id': 's', 'prompt': 'What is it?', 'ref_captions': ['a chair'], 'qid': 0, **more}
+
+
+def write(path, held):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(held if isinstance(held, str) else json.dumps(held), encoding='utf-8')
+    return path
+
+
+def make_root(root, place='evaluate/annotation', **files):
+    folder = root/place
+    for name, n in ((OBJECTS, 3), (PROPOSALS, 2)): write_attributes(folder/name, {'s': attributes_of(['chair']*n, [BOX]*n)})
+    write(folder/LISTED, {'s': ['data/images_2D/s/bev.png', 'data/images_2D/s/0.jpg']})
+    write(folder/CORPUS, {'s|0': ['sos a chair eos'], 's|1': ['sos a desk eos']})
+    write(folder/LOOKUP, {'s': {'0': 0, '1': 1, '2': 1}})
+    for benchmark, rows in files.items(): write(folder/FILES[benchmark], rows)
+    return root
+
+
+def labels(data):
+    return [p.label for p in data.problems]
+
+
+@pytest.mark.parametrize('place', ['evaluate/annotation', 'annotation', '.'])
+def test_the_folder_is_found_from_above_and_from_within(tmp_path, place):
+    root = make_root(tmp_path, place, scanqa=[row()])
+    assert [s.id for s in load(root, 'scanqa').samples] == [s.id for s in load(root/place, 'scanqa').samples] == ['scanqa/00000']
+
+
+@pytest.mark.parametrize('place', ['data', 'data/annotation', '.'])
+def test_both_layouts_of_images(tmp_path, place):
+    root = make_root(tmp_path, scanqa=[row()])
+    write(root/place/'images_2D/s/bev.png', '')
+    data = load(root, 'scanqa')
+    assert data.identity['frames'] == 'present' and data.frames == str(root/place if place != '.' else root)
+    assert [m.path for m in data.samples[0].media] == ['images_2D/s/bev.png', 'images_2D/s/0.jpg']
+
+
+@pytest.mark.parametrize('benchmark, change, label', [
+    ('scanqa', {'scene_id': 't'}, 'missing_scene'), ('scanqa', {'scene_id': None}, 'bad_field'), ('scanqa', {'obj_id': 'x'}, 'bad_number'), ('scanqa', {'ref_captions': 'a chair'}, 'bad_field'),
+    ('sqa3d', {'sqa_type': 'what'}, 'bad_number'), ('scanrefer', {'obj_id': 3}, 'no_object'), ('scanrefer', {'obj_id': -1}, 'no_object'), ('multi3dref', {'ref_captions': [0, 3], 'eval_type': 'mt'}, 'no_object'),
+    ('multi3dref', {'ref_captions': ['0'], 'eval_type': 'mt'}, 'no_object'), ('multi3dref', {'ref_captions': [], 'eval_type': 'zt'}, 'bad_type'), ('multi3dref', {'ref_captions': [], 'eval_type': 'mt'}, 'bad_type'),
+    ('scan2cap', {'pred_id': 2}, 'no_proposal'), ('scan2cap', {'obj_id': 2}, 'no_captions')])
+def test_a_bad_row_is_left_out_and_named(tmp_path, benchmark, change, label):
+    good = row(qid=1, **({'ref_captions': [0], 'eval_type': 'st_w_d'} if benchmark == 'multi3dref' else {}))
+    root = make_root(tmp_path, **{benchmark: [row(**change), good]})
+    data = load(root, benchmark)
+    assert [s.id for s in data.samples] == [f'{benchmark}/00001'] and labels(data) == [label] and data.problems[0].dropped and data.identity['left_out'] == 1
+    assert data.problems[0].where == f'{FILES[benchmark]} row 0'
+    with pytest.raises(DataError, match=label): load(root, benchmark, strict=True)
+
+
+@pytest.mark.parametrize('rows, label', [
+    ([row(), row()], 'no_qid'), ([row(), row(qid=1), row(qid=1)], 'duplicate_qid'), ([row(ref_captions=['a\u2028chair'])], 'line_break'), ([row(ref_captions=['a\rchair'])], 'line_break'),
+    ([row(ref_captions=['a\nchair'])], None), ([row(ref_captions=['a\x85chair'])], None)])
+def test_an_odd_row_is_kept_and_named(tmp_path, rows, label):
+    data = load(make_root(tmp_path, scanqa=rows), 'scanqa')
+    assert len(data.samples) == len(rows) and labels(data) == ([label] if label else []) and not any(p.dropped for p in data.problems)
+
+
+def test_defaults_of_a_row(tmp_path):
+    data = load(make_root(tmp_path, scanqa=[{'scene_id': 's', 'prompt': 'Why?'}]), 'scanqa')
+    held = row_of(data.samples[0])
+    assert (held.refs, held.obj_id, held.pred_id, held.kind) == ((), 0, 0, 0)
+
+
+@pytest.mark.parametrize('text, said', [('[{"scene_id": "s"', 'not JSON .* at line 1'), ('{}', 'a list was expected'), ('[]', 'its list is empty'), ('[1]', 'bad_record')])
+def test_a_broken_file_says_where(tmp_path, text, said):
+    with pytest.raises(DataError, match=said): load(make_root(tmp_path, scanqa=text), 'scanqa')
+
+
+def test_missing_files_say_what_to_do(tmp_path):
+    with pytest.raises(DataError, match='data plan gpt4scene'): load(tmp_path, 'scanqa')
+    root = make_root(tmp_path, scanqa=[row()], scanrefer=[row()])
+    with pytest.raises(DataError, match='has no sqa3d_val.json'): load(root)
+    with pytest.raises(ValueError, match='valid ones are scanqa'): load(root, 'vqa')
+    (root/'evaluate/annotation'/PROPOSALS).unlink()
+    assert load(root, 'scanqa').samples
+    with pytest.raises(DataError, match='which scanrefer is scored with'): load(root, 'scanrefer')
+    (root/'evaluate/annotation'/LISTED).unlink()
+    with pytest.raises(DataError, match='no single list of images'): load(root, 'scanqa')
+    assert parse_benchmarks('scan2cap,scanqa') == ('scanqa', 'scan2cap')
+
+
+@pytest.mark.parametrize('body', [b'', b'PK\x03\x04', pickle.dumps({'s': object()}, protocol=2)])
+def test_a_broken_attribute_file_is_named(tmp_path, body):
+    (tmp_path/OBJECTS).write_bytes(body)
+    with pytest.raises(DataError, match=OBJECTS): read_attributes(tmp_path/OBJECTS)
+
+
+def test_more_names_than_boxes(tmp_path):
+    write_attributes(tmp_path/PROPOSALS, {'s': attributes_of(['chair']*120, [BOX]*120, cap=100)})
+    held = read_attributes(tmp_path/PROPOSALS)['s']
+    assert (len(held.names), len(held.boxes)) == (120, 100)
+
+
+def test_a_larger_choice_holds_the_smaller(tmp_path):
+    samples = load(make_root(tmp_path, scanqa=[row(qid=i) for i in range(9)]), 'scanqa').samples
+    assert {s.id for s in choose(samples, 3)} < {s.id for s in choose(samples, 5)} and choose(samples) == samples
+
+
+# training
+
+def told(n, style=0, **more):
+    turns = [('human', '<image>'*n + 'What is it?'), ('gpt', 'A chair.')]
+    if style: return {'messages': [{'role': r, 'content': t} for r, t in zip(('user', 'assistant'), (t for _, t in turns))], 'images': [f'images_2D/s/{k}.png' for k in range(n)], **more}
+    return {'conversations': [{'from': r, 'value': t} for r, t in turns], 'images': [f'images_2D/s/{k}.png' for k in range(n)], **more}
+
+
+@pytest.mark.parametrize('style', [0, 1])
+@pytest.mark.parametrize('listed', [False, True])
+def test_both_styles_of_keys(tmp_path, style, listed):
+    path = write(tmp_path/'train.json', [told(2, style), told(2, style)])
+    if listed: write(tmp_path/INFO, {'mine': info_entry('train.json', OPENAI) if style else info_entry('train.json')})
+    held = open_scanalign(path)
+    assert len(held) == 2 and [p['type'] for p in held[1].messages[0]['content']] == ['image', 'image', 'text'] and held[0].id == 'train/000000'
+    assert pickle.loads(pickle.dumps(held))[1].messages == held[1].messages
+
+
+def test_orders_are_skipped_and_counts_stop(tmp_path):
+    turned = told(1)
+    turned['conversations'] = turned['conversations'][::-1]
+    held = open_scanalign(write(tmp_path/'train.json', [told(1), turned, told(1)]))
+    assert [e.id for e in held] == ['train/000000', 'train/000002'] and [p.label for p in held.problems] == ['bad_order'] and 'row 1' in held.problems[0].where
+    with pytest.raises(DataError, match='train.json row 1: image_count: 2 <image> for 1 images'): open_scanalign(write(tmp_path/'train.json', [told(1), told(2, images=['a'])]))
+
+
+@pytest.mark.parametrize('text, said', [('[{"a"', 'not JSON'), ('[{"a": 1} {', 'at byte 10'), ('[]', 'its list is empty'), ('[{"a": 1}]', 'neither `conversations`'), ('', 'the end of the file')])
+def test_a_broken_training_file(tmp_path, text, said):
+    with pytest.raises(DataError, match=said): open_scanalign(write(tmp_path/'train.json', text))
+
+
+def test_a_training_file_that_changed_is_noticed(tmp_path):
+    path = write(tmp_path/'train.json', [told(1), told(1)])
+    held = open_scanalign(path)
+    write(path, [told(1)])
+    with pytest.raises(DataError, match='train.json row 1'): held[1]
+
+
+# chunks
+
+def asked(tmp_path, n=10):
+    return load(make_root(tmp_path, scanqa=[row(qid=i, prompt=f'What is {i}?') for i in range(n)]), 'scanqa').samples
+
+
+def test_chunks_there_and_back(tmp_path):
+    samples = asked(tmp_path)
+    texts = {s.id: f'It is {i}.' for i, s in enumerate(samples)}
+    for n in (4, 1, 16):
+        write_chunks(tmp_path/'out', samples, texts, n)
+        found = read_predictions(tmp_path/'out', samples)
+        assert found.texts == texts and found.name == 'out' and len(found.files) == n
+    (first,) = [json.loads((tmp_path/'out/qwenvl_scanqa/predictions_chunk_15.json').read_text())[0]]
+    assert first == {'scene_id': 's', 'qid': 0, 'gt_id': 0, 'pred_id': 0, 'prompt': 'What is 0?', 'pred': 'It is 0.', 'ref_captions': ['a chair'], 'type_info': 0}
+    assert chunk_ranges(10, 4) == [(0, 2), (2, 4), (4, 6), (6, 10)]
+
+
+def test_sets_that_are_not_whole_are_refused(tmp_path):
+    samples = asked(tmp_path)
+    texts = {s.id: 'x' for s in samples}
+    four, two = (write_chunks(tmp_path/name, samples, texts, n) for name, n in (('four', 4), ('two', 2)))
+    folder = four[0].parent
+    for path in two: (folder/path.name).write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match='different numbers of processes'): read_chunks(folder, samples)
+    assert read_chunks(folder, samples, 2) == texts
+    two[1].write_text(json.dumps(json.loads(two[1].read_text())[:2]))
+    with pytest.raises(DataError, match='3 of 10 rows have no prediction, first scanqa/00007'): read_chunks(two[0].parent, samples)
+    two[1].write_text('[{"scene_id": "s"')
+    with pytest.raises(DataError, match='predictions_chunk_1.json: not JSON'): read_chunks(two[0].parent, samples)
+    two[1].write_text('[{"scene_id": "s"}]')
+    with pytest.raises(DataError, match='predictions_chunk_1.json row 0'): read_chunks(two[0].parent, samples)
+    two[0].unlink()
+    with pytest.raises(DataError, match='predictions_chunk_0.json is missing'): read_chunks(two[0].parent, samples)
+
+
+def test_shards_of_another_run_are_refused(tmp_path):
+    samples = asked(tmp_path)
+    write_chunks(tmp_path/'out', samples, {s.id: 'x' for s in samples}, 2)
+    with pytest.raises(DataError, match='4 of 10 predictions belong to no row'): read_predictions(tmp_path/'out', samples[:6])
+    with pytest.raises(DataError, match='has none of qwenvl_scanqa'): read_predictions(tmp_path, samples)
+
+
+# the folder and its parts
+
+def test_the_check_counts_and_names(tmp_path):
+    root = make_root(tmp_path, scanqa=[row(), row(qid=1, scene_id='t')], multi3dref='[')
+    write(root/'data/sharegpt_data_1.json', [told(1)])
+    report = check(root)
+    assert not report.ok and report.releases['scanqa'] == 'unknown' and report.releases['multi3dref'] == 'unusable' and report.releases['scanrefer'] == 'absent'
+    assert {p.label for p in report.problems if p.dropped} == {'missing_scene', 'unusable'}
+    assert {('scanqa', 'rows', 1, 4675), ('train', 'skipped for their order', 0, None)} <= {(r.split, r.what, r.found, r.expected) for r in report.rows}
+
+
+class Hub(BaseHTTPRequestHandler):
+    "A repository of one file, told on two pages."
+    def do_GET(self):
+        tree = '/api/datasets/alexzyqi/GPT4Scene-Val-Annotation/tree/main?recursive=true'
+        body = {tree: b'[{"type": "directory", "path": "x"}]', tree + '&page=2': b'[{"type": "file", "path": "scanqa_val.json", "size": 2}]',
+                '/datasets/alexzyqi/GPT4Scene-Val-Annotation/resolve/main/scanqa_val.json': b'[]'}.get(self.path)
+        self.send_response(200 if body else 404)
+        if self.path == tree: self.send_header('Link', f'<http://127.0.0.1:{self.server.server_port}{tree}&page=2>; rel="next"')
+        self.send_header('Content-Length', str(len(body or b'')))
+        self.end_headers()
+        self.wfile.write(body or b'')
+
+    def log_message(self, *args): pass
+
+
+def test_a_part_is_fetched_after_its_terms(tmp_path):
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    mirror, shown = f'http://127.0.0.1:{server.server_port}', []
+    try:
+        with pytest.raises(RuntimeError, match='accept_licence'): get('questions', tmp_path, mirror=mirror, show=shown.append)
+        assert len(shown) == 1 and not list(tmp_path.iterdir())
+        assert get('questions', tmp_path, True, mirror, show=shown.append) == [tmp_path/'evaluate/annotation/scanqa_val.json']
+        with pytest.raises(RuntimeError, match='did not answer with a list of files'): remote_files('training', mirror)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [r.state for r in plan(tmp_path)][:2] == ['differs', 'missing']
