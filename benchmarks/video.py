@@ -35,6 +35,7 @@ import vlm_repro.core.video as core_video  # noqa: E402
 from vlm_repro.core.video import read_frames, write_clip  # noqa: E402
 
 COUNTS, CELL, BITS = (8, 32, 64), 16, 16
+GATED = ("mp4 60", 8)  # the film and number of frames that the goal against OpenCV is about
 Frames = list[Any]  # arrays; ours are images, which is what the processors of models take
 
 
@@ -203,8 +204,8 @@ def main() -> None:
         rows = measure(made, n, counts, 1 if options.quick else options.rounds)
         sizes = memory(Path(held), n // 2)
         against = {(r["film"], r["n"]): r["seconds"].get("cv2", float("nan")) / r["seconds"]["ours"] for r in rows}
-        figures = {"worst_against_best": max(r["against_best"] for r in rows), "cv2_at_8_every_60": against.get(("mp4 60", 8), float("nan")), "memory_ten_times_as_long": sizes["ours"]["long"] / sizes["ours"]["short"]}
-        profile = lambda: {r["film"] + f", {r['n']} frames": hot_spots(lambda r=r: ours(made[r["film"]], spread(n, r["n"]))) for r in rows if r["against_best"] > 1.1}
+        figures = {"worst_against_best": max(r["against_best"] for r in rows), "cv2_at_8_every_60": against.get(GATED, float("nan")), "memory_ten_times_as_long": sizes["ours"]["long"] / sizes["ours"]["short"]}
+        profile = lambda: {r["film"] + f", {r['n']} frames": hot_spots(lambda r=r: ours(made[r["film"]], spread(n, r["n"]))) for r in rows if r["against_best"] > 1.1 or (r["film"], r["n"]) == GATED}
         finish("C4", options, begun, figures, profile, versions=versions("av", "decord2", "opencv-python-headless", "torchcodec", "numpy"),
                sizes={"frames": n, "size": [640, 360], "counts": list(counts)}, equal={"numbers": "of every frame of ours", "arrays": "ours and PyAV"}, rows=rows, memory_bytes=sizes)
 
