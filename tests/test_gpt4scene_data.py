@@ -147,7 +147,7 @@ def test_orders_are_skipped_and_counts_stop(tmp_path):
     with pytest.raises(DataError, match='train.json row 1: image_count: 2 <image> for 1 images'): open_scanalign(write(tmp_path/'train.json', [told(1), told(2, images=['a'])]))
 
 
-@pytest.mark.parametrize('text, said', [('[{"a"', 'not JSON'), ('[{"a": 1} {', 'at byte 10'), ('[]', 'its list is empty'), ('[{"a": 1}]', 'neither `conversations`'), ('', 'the end of the file')])
+@pytest.mark.parametrize('text, said', [('[{"a"', 'not JSON'), ('[]', 'its list is empty'), ('[{"a": 1}]', 'neither `conversations`'), ('', 'the end of the file')])
 def test_a_broken_training_file(tmp_path, text, said):
     with pytest.raises(DataError, match=said): open_scanalign(write(tmp_path/'train.json', text))
 
