@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_boards import boards_app
 from .cli_data import data_app
 from .cli_models import models_app
 from .cli_run import join_pairs
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(name='vlm-repro', no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 110})
 app.add_typer(data_app, name='data')
+app.add_typer(boards_app, name='leaderboards')
 app.add_typer(models_app)
 app.add_typer(train_app)
 app.add_typer(sweep_app)
