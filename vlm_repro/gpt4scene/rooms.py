@@ -124,11 +124,11 @@ def sample_room(
     least:int=6, # pieces
     most:int=8,
 ) -> Room:
-    "Furnish a room; no two pieces have both kind and colour in common, and one kind comes twice, or one thrice, or two twice."
-    while True:
+    "Furnish a room; no two pieces have both kind and colour in common, some kinds come twice, and one is not there; raises ValueError where so many pieces do not fit."
+    for _ in range(400):
         width, depth = (float(round(s, 2)) for s in rng.uniform(4.2, 4.9, 2))
         total = int(rng.integers(least, most + 1))
-        kinds = [str(k) for k in rng.permutation(list(KINDS))[:max(2, total - int(rng.integers(1, 3)))]]
+        kinds = [str(k) for k in rng.permutation(list(KINDS))[:min(len(KINDS) - 1, max(2, total - int(rng.integers(1, 3))))]]
         again = [k for k in kinds if k in ('chair', 'table', 'lamp', 'cabinet')] or kinds
         kinds += [str(k) for k in rng.choice(again, max(0, total - len(kinds)))]
         pieces: list[Piece] = []
@@ -138,6 +138,7 @@ def sample_room(
             if (piece := next((p for p in tries if _free(p, pieces)), None)) is None: break
             pieces.append(piece)
         else: return Room(width, depth, tuple(pieces[i] for i in rng.permutation(len(pieces))))
+    raise ValueError(f'{least} to {most} pieces of furniture do not fit into a room')
 
 # %% ../../nbs/gpt4scene/rooms.ipynb #b2a4c585
 def _painted(part:Part, colour:str) -> tuple[float, ...]:
