@@ -104,15 +104,13 @@ def score_box(
     source:str='', # of `as_published`: a key of `coordinates.SOURCES`; empty for that of the sample's frame
 ) -> Score:
     "The score of one box; raises FrameError for a gold that is no box."
+    true = gold_box(sample)
     if answer.extractor.startswith('as_written'):
         named = source or PUBLISHED_SOURCE[sample.meta['frame']]
         return Score(sample.id, METRIC, 'as_published', box_values(published_box_score(record_id(sample), answer.value or '', sample.gold, named)), answer.error or 'ok')
-    true = gold_box(sample)
     if answer.value is None: return Score(sample.id, METRIC, 'corrected', None if call_failed(answer) else box_values(0.), answer.error or answer.status)
     box = box_of(json.loads(answer.value), true.frame)
     return Score(sample.id, METRIC, 'corrected', box_values(iou(box, true)), _label(box))
-
-
 
 # %% ../../nbs/robointer/score_boxes.ipynb #aa70c809
 @dataclass(frozen=True)

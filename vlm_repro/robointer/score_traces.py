@@ -149,8 +149,7 @@ def gold_points(
     if not places.xy: raise FrameError('bad_gold', f'{sample.id}: the true trace has no points')
     return places
 
-def _corrected(sample:Sample, answer:Answer, metrics:Mapping[str, Callable[[XY, XY], float]]) -> list[Score]:
-    true = gold_points(sample)
+def _corrected(true:Points, sample:Sample, answer:Answer, metrics:Mapping[str, Callable[[XY, XY], float]]) -> list[Score]:
     if answer.value is None: return [Score(sample.id, name, 'corrected', None, answer.error or answer.status) for name in metrics]
     said = trace_of(json.loads(answer.value), true.frame)
     a, b = said.to(PIXELS).xy, true.to(PIXELS).xy
@@ -167,7 +166,8 @@ def score_trace(
     source:str='', # of `as_published`: a key of `coordinates.SOURCES`; empty for that of the sample's frame
 ) -> list[Score]: # one a metric: the value, and whether the mean counts it, which as published it does only above zero
     "The scores of one trace; raises FrameError for a gold that is no trace."
-    if not answer.extractor.startswith('as_written'): return _corrected(sample, answer, DISTANCES)
+    true = gold_points(sample)
+    if not answer.extractor.startswith('as_written'): return _corrected(true, sample, answer, DISTANCES)
     found = {name: f(*_written(sample, answer, source)) for name, f in DISTANCES.items()}
     found = {name: 0. if math.isinf(v) else v for name, v in found.items()}
     return [Score(sample.id, name, 'as_published', (round(v, 9), float(v > 0)), answer.error or 'ok') for name, v in found.items()]
@@ -178,7 +178,8 @@ def score_fingers(
     source:str='', # of `as_published`: a key of `coordinates.SOURCES`; empty for that of the sample's frame
 ) -> Score: # the error of both points in pixels
     "The score of two finger points; raises FrameError for a gold that is none."
-    if not answer.extractor.startswith('as_written'): return _corrected(sample, answer, {POINT_METRIC: rmse})[0]
+    true = gold_points(sample)
+    if not answer.extractor.startswith('as_written'): return _corrected(true, sample, answer, {POINT_METRIC: rmse})[0]
     a, b = _written(sample, answer, source)
     return Score(sample.id, POINT_METRIC, 'as_published', (round(published_contact_point(a, b)['point'], 9), 1.), answer.error or 'ok')
 
