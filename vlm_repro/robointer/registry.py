@@ -120,7 +120,7 @@ def image_places(
 ) -> Iterator[str]: # relative to the release
     "Where an image may be, the likeliest place first."
     ends = ('',) if PurePosixPath(path).suffix.lower() in ('.jpg', '.jpeg', '.png') else ('', '.jpg')
-    for base in (path, f'{dataset.images}/{path}', f'{dataset.images}/{PurePosixPath(path).name}'): yield from (base + end for end in ends)
+    yield from dict.fromkeys(base + end for base in (path, f'{dataset.images}/{path}', f'{dataset.images}/{PurePosixPath(path).name}') for end in ends)
 
 def find_image(
     folder:Path, # the release
