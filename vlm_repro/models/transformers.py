@@ -10,9 +10,11 @@ __all__ = ['DTYPES', 'checkpoint_folder', 'require_files', 'read_config', 'has_e
 
 # %% ../../nbs/models/transformers.ipynb #c169406e
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,13 @@ def require_files(
         if not any((folder/n).is_file() for n in names):
             raise ModelError(f'{folder} has no {what} ({" or ".join(names)}): copy the file from the original model into the folder')
 
+_OWN = {'qwen2_5_vl_moe': 'vlm_repro.models.qwen25_moe'} # kinds of model that this package adds, and the module that registers them
+
+def _register(folder:Path) -> None:
+    try: kind = json.loads((folder/'config.json').read_text(encoding='utf-8')).get('model_type', '')
+    except (OSError, ValueError, AttributeError): return # what is wrong with it is said by the reader
+    if own := _OWN.get(kind): import_module(own)
+
 def read_config(
     folder:Path, # of a checkpoint
     code:bool=False, # trust_remote_code
@@ -72,6 +81,7 @@ def read_config(
         raise ModelError(f'{folder} is an adapter: give its base model as the model, and this folder as the option `adapter`')
     if not (folder/'config.json').is_file(): raise ModelError(f'{folder} has no config.json: it is not a checkpoint folder')
     if is_original(folder) and not code: raise ModelError(f'{folder} is an original InternVL checkpoint, and those need code of their own: `vlm-repro convert {folder} NEW_FOLDER` writes one that needs none')
+    _register(folder)
     try: return hf.AutoConfig.from_pretrained(folder, trust_remote_code=code)
     except (OSError, ValueError, KeyError) as e: raise ModelError(f'{folder}/config.json: {e}') from e
 
@@ -129,6 +139,7 @@ def load_net(
     if attention != 'auto': kwargs['attn_implementation'] = attention
     if place == 'spread': kwargs['device_map'] = 'auto'
     kind = hf.AutoModelForImageTextToText if eyes else hf.AutoModelForCausalLM
+    _register(folder)
     try:
         with _quiet(folder): net, loaded = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
     except (ImportError, ValueError, OSError, RuntimeError, SafetensorError) as e: raise ModelError(f'{folder} cannot be loaded: {e}') from e

@@ -67,14 +67,19 @@ def summed_cross_entropy(
     return torch.stack([checkpoint(_piece, a, b, use_reentrant=False, preserve_rng_state=False) for a, b in pieces]).sum()
 
 # %% ../../nbs/train/loss.ipynb #d061c9da
+def _balance(model:torch.nn.Module, batch:Mapping[str, torch.Tensor]) -> torch.Tensor|float:
+    "The load-balancing term of a model with experts, where it has one and it is switched on."
+    term = unwrap(model).balance(batch.get('attention_mask')) if hasattr(unwrap(model), 'balance') else None
+    return 0. if term is None else term
+
 def supervised_loss(
     model:torch.nn.Module, # any causal model of `transformers`, wrapped or not
     batch:Mapping[str, torch.Tensor], # from a `Collator`, on the model's device
     n_items:int|torch.Tensor, # supervised tokens of the whole global batch
 ) -> torch.Tensor: # a float32 scalar
-    "Summed cross-entropy of the supervised tokens over `n_items`; raises LabelError where there are none."
+    "Summed cross-entropy of the supervised tokens over `n_items`, and for a model with experts the load-balancing term, weighted with its share of the tokens; raises LabelError where there are none."
     wanted = targets(batch['labels'])
     keep = wanted != IGNORED
     if not keep.any(): raise LabelError(f'nothing is supervised in a batch of {tuple(wanted.shape)} tokens: see the mask of the recipe, and show_mask for what it does')
     logits = supervised_logits(model, {k: v for k, v in batch.items() if k != 'labels'}, keep)
-    return summed_cross_entropy(logits, wanted[keep])/n_items
+    return (summed_cross_entropy(logits, wanted[keep]) + _balance(model, batch)*keep.sum())/n_items
