@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 # %% ../nbs/cli_boards.ipynb #468c7331
-boards_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help='General leaderboards through lmms-eval, in an environment of its own.')
+boards_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help='General leaderboards through lmms-eval.')
 Columns = Annotated[str, typer.Option(metavar='NAMES', help='Columns of the table, separated by commas; by default all that can be scored.')]
 As = Annotated[str, typer.Option('--as', metavar='NAME', help='The model string that names the row, where a folder is a copy of a published checkpoint.')]
 
