@@ -91,7 +91,7 @@ def turned(
     out[top:top + h, left:left + w] = upright
     return out
 
-# %% ../../nbs/fitcoach/frames.ipynb #f2f9a798
+# %% ../../nbs/fitcoach/frames.ipynb #c838cf55
 SHAPE = (224, 160) # height and width that the network sees
 RATIO = 1.4 # height to width
 
@@ -121,20 +121,19 @@ def at_most(
     longest:int, # pixels of the longer side
 ) -> tuple[int, int]: # height and width
     "The size of a picture whose longer side is made no longer than this; a smaller one stays."
-    side = max(height, width)
-    return (height, width) if side <= longest else (int(height*longest/side), int(width*longest/side))
+    scale = longest/max(height, width)
+    return (height, width) if scale >= 1 else (int(height*scale), int(width*scale))
 
-# %% ../../nbs/fitcoach/frames.ipynb #e180101c
+# %% ../../nbs/fitcoach/frames.ipynb #96b1d961
 _BITS = 2048
 
-def _taps(n_out:int, n_in:int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _taps(n_out:int, n_in:int, across:bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     at = ((np.arange(n_out) + .5)*(n_in/n_out) - .5).astype(np.float32)
     low = np.floor(at).astype(int)
     part = at - low.astype(np.float32)
-    part[(low < 0) | (low >= n_in - 1)] = 0
-    low = np.clip(low, 0, n_in - 1)
+    if across: part[(low < 0) | (low >= n_in - 1)] = 0
     a, b = (np.rint(x*np.float32(_BITS)).astype(np.int64) for x in (np.float32(1) - part, part))
-    return low, np.minimum(low + 1, n_in - 1), a, b
+    return np.clip(low, 0, n_in - 1), np.clip(low + 1, 0, n_in - 1), a, b
 
 def resize_bilinear(
     image:np.ndarray, # [h, w, c] 8-bit
@@ -144,9 +143,9 @@ def resize_bilinear(
     "An 8-bit picture resized by bilinear interpolation in OpenCV's integers (source: OpenCV 4, `resize`)."
     if image.shape[:2] == (height, width): return image.copy()
     if image.shape[:2] == (2*height, 2*width): return ((image[::2, ::2].astype(np.int64) + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2] + 2) >> 2).astype(np.uint8)
-    x0, x1, a, b = _taps(width, image.shape[1])
+    x0, x1, a, b = _taps(width, image.shape[1], True)
     rows = image.astype(np.int64)[:, x0]*a[:, None] + image.astype(np.int64)[:, x1]*b[:, None]
-    y0, y1, c, d = _taps(height, image.shape[0])
+    y0, y1, c, d = _taps(height, image.shape[0], False)
     mixed = ((c[:, None, None]*(rows[y0] >> 4)) >> 16) + ((d[:, None, None]*(rows[y1] >> 4)) >> 16)
     return np.clip((mixed + 2) >> 2, 0, 255).astype(np.uint8)
 
