@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT/'papers'/'mmwalk.ipynb'
 ROADBUDDY = ROOT/'papers'/'roadbuddy.ipynb'
+GPT4SCENE = ROOT/'papers'/'gpt4scene.ipynb'
 FULL = [(shots, views) for shots in (0, 1, 3) for views in ('normal', 'single', 'dog+', 'drone+')]
 
 
@@ -47,6 +48,27 @@ def test_roadbuddy_short(tmp_path, read):
     name = 'submission.csv' if read == 'text' else 'corrected_submission.csv'  # a likelihood has no published reading
     assert (tmp_path/'upstream'/name).read_text(encoding='utf-8').startswith('id,answer\n')
     assert 'cannot be judged' in (tmp_path/'table.csv').read_text(encoding='utf-8')
+
+
+def test_gpt4scene_short(tmp_path):
+    manifest = _run(tmp_path, notebook=GPT4SCENE, limit=2, ablation=0, meteor=False, max_new_tokens=24)
+    assert manifest['n'] == 10 and not manifest['errors'] and manifest['watermark']
+    assert 'cannot be judged' in (tmp_path/'table.csv').read_text(encoding='utf-8')
+    page = (tmp_path/'notebook.ipynb').read_text(encoding='utf-8')
+    assert page.count('image/png') >= 2 and 'the data are not the paper' in page  # a room in three dimensions and what is shown of it; every cell with its verdict
+    assert (tmp_path/'upstream'/'qwenvl_scanqa'/'predictions_chunk_0.json').exists()
+
+
+@pytest.mark.papers
+def test_gpt4scene_marks_are_what_finds_objects(tmp_path):
+    _run(tmp_path, notebook=GPT4SCENE, benchmark='scanrefer,scanqa', ablation=30, limit=2, meteor=False, max_new_tokens=24)
+    found = {}
+    for arm in (tmp_path/'ablation').iterdir():
+        scores = [json.loads(line) for line in (arm/'scores.jsonl').read_text(encoding='utf-8').splitlines()]
+        hits = [r['values'][0] for r in scores if r['metric'] == 'acc' and r['variant'] == 'corrected' and r['values']]
+        found[arm.name] = sum(hits)/len(hits)
+    marked = {name: share for name, share in found.items() if 'marks' in name}
+    assert len(found) == 8 and max(marked.values()) > max(share for name, share in found.items() if name not in marked) + .15, found
 
 
 def _column(path: Path, variant: str = 'corrected') -> dict[str, float]:

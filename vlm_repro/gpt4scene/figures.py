@@ -103,7 +103,7 @@ def draw_boxes(
     return out
 
 # %% ../../nbs/gpt4scene/figures.ipynb #88511bf5
-PIXELS = 420 # a side of a failure's picture
+PIXELS = 360 # a side of a failure's picture
 
 def failure_picture(
     sample:Sample, # of ScanRefer or Multi3DRefer, with a view from above
