@@ -78,7 +78,7 @@ def expert_weights(
     norm: bool,  # whether the weights of a token sum to one
 ) -> torch.Tensor:  # tokens x experts; zero for experts that are not chosen
     "What each expert's answer weighs."
-    shares = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    shares = F.softmax(logits, dim=-1, dtype=torch.float32)
     best, chosen = shares.topk(k, dim=-1)
     best = best / best.sum(-1, keepdim=True) if norm else best
     return torch.zeros_like(shares).scatter(-1, chosen, best)
@@ -121,10 +121,11 @@ def load_balance(
     "How unevenly the experts are used, all layers taken together (source: robointer specification, section 3.1)."
     scores = torch.cat([part.to(logits[0].device) for part in logits])
     shares = F.softmax(scores, dim=-1)
-    chosen = torch.zeros_like(shares).scatter(-1, shares.topk(k, dim=-1).indices, 1.0)
-    weights = torch.ones_like(shares[:, 0]) if attention_mask is None else attention_mask.reshape(-1).repeat(len(logits)).to(shares)
-    mean = [(weights[:, None] * part).sum(0) / weights.sum() for part in (chosen, shares)]
-    return shares.shape[-1] * (mean[0] * mean[1]).sum()
+    chosen = F.one_hot(shares.topk(k, dim=-1).indices, shares.shape[-1]).float()
+    weights = torch.ones_like(chosen[:, 0, 0]) if attention_mask is None else attention_mask.reshape(-1).repeat(len(logits)).to(chosen)
+    used = (weights[:, None, None] * chosen).sum(0) / weights.sum()
+    meant = (weights[:, None] * shares).sum(0) / weights.sum()
+    return shares.shape[-1] * (used * meant).sum()
 
 # %% ../../nbs/models/qwen25_moe.ipynb #3ea93ca9
 class MoeLayer(qwen.Qwen2_5_VLDecoderLayer):
