@@ -9,7 +9,7 @@ __all__ = ['RELEASED_LAYERS', 'feature_tokens', 'steps_of', 'CrossAttention', 'C
            'add_looking', 'looking_of']
 
 # %% ../../nbs/fitcoach/cross_attention.ipynb #23043d52
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
