@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from .actions import Actions, Place, Rules, after, settle
 from ..train.parts import unwrap
+from .actions import Actions, Place, Rules, after, settle
 
 # %% ../../nbs/fitcoach/decode.ipynb #9124c239
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import nn
 
 from .actions import Actions, action_tokens
 from .cnn import LITE4, FitnessCNN, narrow
-from .cross_attention import Looking, add_looking, looking_of
+from .cross_attention import Looking, add_looking
 
 # %% ../../nbs/fitcoach/model.ipynb #a02ae3ad
 def fit_embeddings(

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import torch
 
+from ..train.parts import unwrap
 from .actions import Place, Rules, after, settle
 from .decode import Prompt, Stream
 from .drafts import Drafts
-from ..train.parts import unwrap
 
 # %% ../../nbs/fitcoach/runahead.ipynb #464fddf5
 class RowCache:
