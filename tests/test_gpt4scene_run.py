@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -151,7 +152,7 @@ def test_a_missing_picture_fails_its_scene_and_no_other(tmp_path, tiny):
     settings = settings_of(root, limit=4, max_new_tokens=4)
     data = load_questions(settings)
     scene = data.samples[0].meta['scene']
-    (root/data.samples[0].media[3].path).unlink()
+    (Path(data.frames)/data.samples[0].media[3].path).unlink()
     run = complete_run(TASK, settings, tiny, tmp_path/'run', 5)
     errors = {row['id']: row['error'] for row in run.rows('predictions')}
     mine = {s.id for s in data.samples if s.meta['scene'] == scene}
