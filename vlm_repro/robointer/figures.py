@@ -75,7 +75,7 @@ def gallery(
     "Questions with their answers drawn in."
     rows = -(-len(samples)//columns)
     figure = Plate(figsize=(10.5, 2.25*rows), dpi=72, layout='constrained')
-    every = figure.subplots(rows, columns, squeeze=False).flat
+    every = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in every: axes.set_axis_off()
     for axes, s, title in zip(every, samples, titles or [f'{s.meta["task"]}\n{s.gold[:46] if KINDS[s.meta["task"]].family not in ("box", "point", "trace") else ""}' for s in samples]):
         answer = (said or {}).get(s.id)
