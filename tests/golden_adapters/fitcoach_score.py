@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from golden_adapters import ABSENT
-from vlm_repro.fitcoach import evaluate, match, score
+from golden_adapters.fitcoach_model import ACTS, VOCAB
+from vlm_repro.fitcoach import actions, evaluate, match, score
 from vlm_repro.metrics import meteor_nltk
 
 
@@ -49,11 +50,10 @@ def judge_template_fill(given: Any, data: Path) -> str:
 
 
 def evaluator_end_to_end(given: Any, data: Path) -> dict[str, Any]:
-    from golden_adapters.fitcoach_model import feedback_extraction
     episodes = []
     for i, item in enumerate(given['items']):
-        said = feedback_extraction({'tokens': item['output_tokens'], 'feats_frequency': 4}, data)
-        episodes.append(evaluate.episode_of(str(i), str(i), item['responses'], item['response_timestamps'], item['start'], match.Timed(tuple(said['responses']), tuple(said['timestamps']))))
+        texts, times = actions.published_feedbacks(item['output_tokens'], ACTS, lambda ids: ' '.join(VOCAB[i] for i in ids), 4)
+        episodes.append(evaluate.episode_of(str(i), str(i), item['responses'], item['response_timestamps'], item['start'], match.Timed(tuple(texts), tuple(times))))
     held = evaluate.evaluate(episodes)
     shown = {k: ABSENT for k in ('METEOR Score',) if held.absent} | evaluate.printed(held)
     return {'saved_pairs': evaluate.saved_pairs(held), 'printed': shown, 'meteor': ABSENT if held.absent else held.numbers['meteor'], 'rouge_l': held.numbers['rouge_l']}
