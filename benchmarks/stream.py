@@ -165,8 +165,9 @@ def live(seconds: int) -> dict[str, float]:
     config = hf.LlamaConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
     model = stream_vlm(config, tokenizer, Looking((0, 1, 2), 64), Eyes(1/8, 64))
     frames = np.random.default_rng(0).integers(0, 256, (24, 360, 640, 3), dtype=np.uint8)
+    cpu = time.process_time()
     held = coach(model, ((frames[k % 24], k/24) for k in range(24*seconds)), stream_prompt([0, 2], model.actions), Rules(model.actions, 16))
-    return {"film_s": held.film_s, "work_s": held.work_s, "real_time_factor": held.real_time_factor, "steps": held.steps, "calls": held.calls, "feedbacks": len(held.feedbacks), "latency_s": held.latency}
+    return {"film_s": held.film_s, "work_s": held.work_s, "real_time_factor": held.real_time_factor, "cpu_factor": (time.process_time() - cpu)/held.film_s, "steps": held.steps, "calls": held.calls, "feedbacks": len(held.feedbacks), "latency_s": held.latency}
 
 
 def parsed() -> argparse.Namespace:
@@ -189,7 +190,7 @@ def main() -> None:
     n, updates = (3, 4) if options.quick else (options.films, options.updates)
     speech = Speech(*(loaded(options.base, options.device) if options.base else tiny(options.device)), options.device)
     start = time.perf_counter()
-    loss = speech.teach(updates, 48, 3, 4 if options.quick else 12, 3e-4 if options.base else 4e-3)
+    loss = speech.teach(updates, 48 if options.quick else STEPS, 3 if options.quick else SIGNS, 4 if options.quick else 6, 3e-4 if options.base else 4e-3)
     taught = {"updates": updates, "loss": loss, "seconds": time.perf_counter() - start}
     drawn, exact = Films(2), options.device == "cpu"
     films = [drawn.film(STEPS, SIGNS)[0] for _ in range(n)]

@@ -61,7 +61,7 @@ def test_a_batch_of_scripts_equals_the_plain_loop(seed):
     rules = rules.published() if seed % 3 == 0 else rules
     plain = [plain_of(s, p, n, rules).tokens for s, p, n in zip(scripts, prompts, steps)]
     known = [[rng.randint(10, 14) for _ in range(rng.randint(1, 6))] for _ in range(20)]
-    for ahead in (PLAIN, Ahead(), Ahead(1, 1, 3)):
+    for ahead in (PLAIN, Ahead(), Ahead(1, 1, 3), Ahead(shared=8)):
         for drafts in (None, Drafts(known, ACTS.end)):
             assert [s.tokens for s in decode_streams(Script(scripts, prompts), prompts, steps, rules, ahead, drafts)] == plain
 
@@ -82,6 +82,8 @@ def test_a_feedback_that_is_known_takes_one_call():
 def test_published_rules_do_not_end_a_feedback_and_say_so():
     prompt = stream_prompt([1], ACTS)
     with pytest.raises(NeverEnds, match='no end'): decode_streams(Script([[101] + [10]*5000], [prompt]), [prompt], [9], Rules(ACTS).published())
+    with pytest.raises(NeverEnds, match='at one step'): decode_streams(Script([[101, 102]*5000], [prompt]), [prompt], [9], Rules(ACTS).published())
+    assert decode_streams(Script([[101, 102]*5000], [prompt]), [prompt], [3], Rules(ACTS, most=2))[0].tokens == (1, 100, 101, 102, 101, 102, 100, 100)
     counted = decode_streams(Script([[101] + [10]*5000], [prompt]), [prompt], [9], Rules(ACTS, 5))[0]
     assert counted.tokens[2:9] == (101, 10, 10, 10, 10, 10, 102)
     stopped = decode_streams(Script([[101, 10, 2, 10]], [prompt]), [prompt], [9], Rules(ACTS, stops=(2,)))[0]

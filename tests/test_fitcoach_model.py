@@ -48,7 +48,7 @@ def test_two_films_in_one_batch_do_not_leak():
     second, _ = net(films[:, 4:], state)
     for k in range(2):
         alone, _ = net(films[k:k + 1])
-        assert torch.allclose(torch.cat([first, second], 1)[k], alone[0], atol=1e-5)
+        assert (torch.cat([first, second], 1)[k] - alone[0]).abs().max() <= 1e-5*alone.max()
     again, _ = net(films[:1, :4])
     assert torch.equal(again, net(films[:1, :4])[0]), 'a network remembers nothing that is not handed to it'
 
@@ -167,15 +167,20 @@ def test_a_lesson_is_the_stream_that_decoding_reads(tokenizer):
 # ---- live
 
 def test_a_film_frame_by_frame_says_what_the_whole_film_says(tokenizer):
-    model = small(tokenizer)
-    with torch.no_grad(): model.net.lm_head.weight[model.actions.answer] = model.net.lm_head.weight[model.actions.vision] + .3*model.net.lm_head.weight[model.actions.answer]
+    model, a = small(tokenizer), action_tokens(tokenizer)
     rng, times = np.random.default_rng(0), 1707460306 + np.arange(80)/22.4
-    frames, rules, prompt = rng.integers(0, 256, (80, 64, 90, 3), dtype=np.uint8), Rules(model.actions, 5), stream_prompt([5], model.actions)
-    told = []
-    report = coach(model, zip(frames, times), prompt, rules, say=told.append)
+    frames, rules, prompt, told = rng.integers(0, 256, (80, 64, 90, 3), dtype=np.uint8), Rules(a, 5), stream_prompt([5], a), []
     maps, _ = film_features(model.cnn, torch.stack([torch.from_numpy(frame_pixels(frames[i])) for i in plan_steps(times, 80).groups.flatten()]))
-    film = feature_tokens(maps[None])[0]
-    assert report.tokens == plain_stream(model.net, prompt, torch.cat([film, film[:1]]), rules).tokens
+    film, said = feature_tokens(maps[None])[0], {}
+    for seed in range(12):
+        net = small(tokenizer, seed).net
+        with torch.no_grad():
+            net.lm_head.weight[a.vision] *= 3
+            net.lm_head.weight[a.answer] = net.lm_head.weight[a.vision] + 3*net.lm_head.weight[a.answer]
+        said[net] = plain_stream(net, prompt, torch.cat([film, film[:1]]), rules).tokens
+    model.net = max(said, key=lambda net: len(set(said[net])))
+    report = coach(model, zip(frames, times), prompt, rules, say=told.append)
+    assert report.tokens == said[model.net] and a.answer in report.tokens and told
     assert report.steps == len(film) and told == report.feedbacks and 0 < report.real_time_factor < float('inf') and report.latency >= 0
     assert {s.at for s in told} <= set(plan_steps(times, 80).times)
 

@@ -41,16 +41,17 @@ def add_actions(
 
 # %% ../../nbs/fitcoach/actions.ipynb #2795d1e1
 class NeverEnds(ValueError):
-    "A feedback that has no end, under rules that do not count its tokens."
+    "A feedback, or a row of them, that has no end, under rules that do not count."
 
 @dataclass(frozen=True)
 class Rules:
     "How a stream goes on."
     actions: Actions
     max_feedback_length: int = 128 # tokens of one feedback
+    most: int = 8 # feedbacks at one step
     counted: bool = True # False: the published counter, which never moves
     stops: tuple[int, ...] = () # tokens that end a feedback as `<answer/>` does, such as the end of text
-    cap: int = 1400 # tokens of one feedback that is not counted
+    cap: int = 1400 # tokens of one feedback, or feedbacks at one step, that are not counted
 
     def published(self) -> 'Rules':
         "The rules of the published program (spec section 3.5)."
@@ -61,6 +62,7 @@ class Place:
     "Where a stream stands behind its last token."
     seen: int = 1 # `<vision>` tokens so far: the last one takes in feature number `seen`, counted from 1
     said: int | None = None # tokens of the feedback that is being spoken; None while looking on
+    here: int = 0 # feedbacks begun since the last `<vision>`
 
 def settle(
     rules:Rules,
@@ -69,7 +71,10 @@ def settle(
 ) -> int: # the token that comes next
     "What becomes of the model's choice (spec section 3.5); raises NeverEnds."
     a = rules.actions
-    if place.said is None: return choice if choice in (a.vision, a.answer) else a.vision
+    if place.said is None:
+        if choice != a.answer or (rules.counted and place.here >= rules.most): return a.vision
+        if place.here >= rules.cap: raise NeverEnds(f'{place.here} feedbacks at one step of the film, and these rules do not count: use rules that do')
+        return a.answer
     if choice in (a.vision, a.answer, a.end, *rules.stops) or (rules.counted and place.said >= rules.max_feedback_length): return a.end
     if place.said >= rules.cap: raise NeverEnds(f'a feedback of {place.said} tokens has no end, and these rules do not count: use rules that do')
     return choice
@@ -82,8 +87,8 @@ def after(
     "Where the stream stands behind a token."
     a = rules.actions
     if token == a.vision: return Place(place.seen + 1, None)
-    if token == a.answer: return Place(place.seen, 0)
-    return Place(place.seen, None if token == a.end else place.said + 1)
+    if token == a.answer: return Place(place.seen, 0, place.here + 1)
+    return Place(place.seen, None if token == a.end else place.said + 1, place.here)
 
 # %% ../../nbs/fitcoach/actions.ipynb #244ea1b3
 SPEAKING = 12 # tokens a second that the published clock assumes

@@ -99,6 +99,17 @@ class FitnessCNN(nn.Module):
         self.blocks, self.width = tuple(blocks), width
         stem = nn.Sequential(nn.Conv2d(3, blocks[0].inp, 3, 2, 1), nn.ReLU6())
         self.cnn = nn.Sequential(stem, *map(InvertedResidual, blocks), nn.Sequential(nn.Conv2d(blocks[-1].out, width, 1), nn.ReLU6()))
+        self._begin()
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        "Random weights that let a film through all layers: there are no norms to do it (source: ours)."
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, nonlinearity='relu')
+                nn.init.zeros_(m.bias)
+        for layer, b in zip(list(self.cnn)[1:-1], self.blocks):
+            if b.stride == 1 and b.inp == b.out: layer.conv[-1].weight.mul_(.25)
 
     def forward(self,
         frames:torch.Tensor, # [B, 4·steps, 3, 224, 160] in 0 … 1

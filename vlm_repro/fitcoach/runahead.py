@@ -130,6 +130,7 @@ class Ahead:
     first: int = 16 # steps
     least: int = 4
     most: int = 64
+    shared: int = 192 # steps of all films of a batch together, beyond the least
 
     def next(self,
         kept:int, # steps that the model agreed with
@@ -182,7 +183,8 @@ class Streams:
         if place.said is not None:
             out = self.drafts.guess(row.said()) if self.drafts else []
             if out[-1:] != [a.end]: return out
-        return out + [a.vision]*max(0, min(row.ahead, row.available - place.seen))
+        share = max(self.ahead.least, self.ahead.shared//len(self.inside))
+        return out + [a.vision]*max(0, min(row.ahead, share, row.available - place.seen))
 
     def _piece(self, row:Row, guess:list[int]) -> Piece:
         "What is read next of a film."
