@@ -10,7 +10,7 @@ __all__ = ['TOLERANCE', 'T', 'SHORT_FILES', 'FEATURES', 'Session', 'RecordError'
            'labels_of', 'short_feedbacks_of', 'questions_of', 'feature_paths', 'segment_row', 'exercise_list',
            'published_rows', 'clips_of']
 
-# %% ../../nbs/fitcoach/annotations.ipynb #0e460d61
+# %% ../../nbs/fitcoach/annotations.ipynb #d4ccdcdb
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..core.jsonl import DataError, Problem
-from .frames import number_of
 from .spans import Span, check_counts, exercises, spans_of
 from .windows import WINDOW, Clip, exercise_clips, sliding_windows, workout_clip
 

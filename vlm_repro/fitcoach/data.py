@@ -8,15 +8,12 @@ Docs: https://vlm-repro.github.io/vlm_repro/fitcoach/data.html.md"""
 __all__ = ['FOLDERS', 'SPLITS', 'LABELS', 'MARKER', 'WATERMARK', 'split_folder', 'label_file', 'identity_of', 'load',
            'load_short']
 
-# %% ../../nbs/fitcoach/data.ipynb #d823c4c6
+# %% ../../nbs/fitcoach/data.ipynb #2763b21a
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
-
-import numpy as np
 
 from ..core.jsonl import DataError, Problem, stop_on
 from ..core.records import MediaRef, Sample
@@ -58,7 +55,7 @@ def label_file(
     if len(found) != 1: raise DataError(f'{len(found)} JSON files in {folder} where the competition has one; {_ASK}')
     return found[0]
 
-# %% ../../nbs/fitcoach/data.ipynb #09751d32
+# %% ../../nbs/fitcoach/data.ipynb #ed399f62
 def _plain(path:str) -> str: return str(PurePosixPath(path))
 
 def _sample(held:Session|Challenge, clip:Clip, names:Sequence[str], mode:str, split:str) -> Sample:
@@ -68,7 +65,7 @@ def _sample(held:Session|Challenge, clip:Clip, names:Sequence[str], mode:str, sp
             'seconds': json.dumps(list(clip.seconds)), 'clock': _plain(held.clock), 'features': features, 'feature_times': times}
     return Sample(id, (MediaRef(_plain(held.video), 'video', held.id),), clip.exercise or ', '.join(names), json.dumps(list(clip.texts), ensure_ascii=False), meta)
 
-def _of_session(held:Session, folder:Path, mode:str, window:float, where:str) -> Iterator[Sample | Problem]:
+def _of_session(held:Session, folder:Path, mode:str, split:str, window:float, where:str) -> Iterator[Sample | Problem]:
     try:
         times = read_clock(folder/held.clock)
         check_span_frames(held.spans, times, held.video)
@@ -76,14 +73,14 @@ def _of_session(held:Session, folder:Path, mode:str, window:float, where:str) ->
     except DataError as e: yield Problem('bad_clock', where, str(e)); return
     if len(times) != held.n_frames: yield Problem('frames_differ', where, f'{held.n_frames} frames with a text and {len(times)} times; the texts decide', False)
     yield from (Problem(label, where, detail, False) for label, detail in oddities(held, times))
-    yield from (_sample(held, c, exercises(held.spans), mode, 'labelled') for c in clips)
+    yield from (_sample(held, c, exercises(held.spans), mode, split) for c in clips)
 
 def _of_challenge(held:Challenge, folder:Path, where:str) -> Iterator[Sample | Problem]:
     try: times = read_clock(folder/held.clock, 'seconds')
     except DataError as e: yield Problem('bad_clock', where, str(e)); return
     yield from (_sample(held, c, held.exercises, 'single_exercise', 'competition') for c in challenge_clips(held, times))
 
-# %% ../../nbs/fitcoach/data.ipynb #b21e9187
+# %% ../../nbs/fitcoach/data.ipynb #4e02ae69
 def identity_of(
     path:Path, # the annotation file
     split:str, # one of `SPLITS`
@@ -109,7 +106,7 @@ def load(
     for i, held in enumerate(records_in(path, challenge_of) if split == 'competition' else sessions_in(path), 1):
         where = f'{path.name} record {i}' + ('' if isinstance(held, Problem) else f' ({held.id})')
         if isinstance(held, Problem): found.append(held)
-        else: found += _of_challenge(held, folder, where) if isinstance(held, Challenge) else _of_session(held, folder, mode, window, where)
+        else: found += _of_challenge(held, folder, where) if isinstance(held, Challenge) else _of_session(held, folder, mode, split, window, where)
     samples, problems = tuple(x for x in found if isinstance(x, Sample)), tuple(x for x in found if isinstance(x, Problem))
     if strict: stop_on(problems)
     if not samples: raise DataError(f'no usable session in {path.name}; {problems[0] if problems else "its list is empty"}')
