@@ -10,7 +10,7 @@ __all__ = ['EXPERTS', 'SCRIPT', 'README', 'HEADER', 'Switches', 'published_name'
 
 # %% ../../nbs/robointer/switches.ipynb #a1c7b44d
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
