@@ -313,9 +313,10 @@ def test_bad_videos_do_not_stop_the_others(film, tmp_path):
 @pytest.mark.slow
 def test_several_processes_share_the_videos(film, tmp_path):
     sources = [source(film, tmp_path, f'{150 + i:04d}') for i in range(4)]
-    found = extract_in_processes(sources, 'vlm_repro.fitcoach.features:GridMeans', nproc=2)
+    told = []
+    found = extract_in_processes(sources, 'vlm_repro.fitcoach.features:GridMeans', nproc=2, progress=lambda *x: told.append(x))
     assert [x.name for x in found] == [s.name for s in sources] and all(x.state in ('made', 'there') for x in found)
-    assert len({np.load(s.features).tobytes() for s in sources}) == 1
+    assert len({np.load(s.features).tobytes() for s in sources}) == 1 and told[-1] == (4*13, 4)
 
 
 def test_a_factory_must_be_named():

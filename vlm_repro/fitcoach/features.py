@@ -6,7 +6,8 @@ Docs: https://vlm-repro.github.io/vlm_repro/fitcoach/features.html.md"""
 
 # %% auto #0
 __all__ = ['Extractor', 'Made', 'clock_digest', 'note_of', 'made_of', 'Features', 'open_features', 'Source', 'source_of',
-           'plan_source', 'extract_video', 'GridMeans', 'Extracted', 'extract_all', 'extract_in_processes']
+           'plan_source', 'extract_video', 'GridMeans', 'Extracted', 'extract_all', 'done_so_far',
+           'extract_in_processes']
 
 # %% ../../nbs/fitcoach/features.ipynb #2c18b0c1
 import hashlib
@@ -203,7 +204,7 @@ class GridMeans:
         self.before = now[-1:].copy()
         return np.concatenate([now, last], 1)
 
-# %% ../../nbs/fitcoach/features.ipynb #34dd0f8b
+# %% ../../nbs/fitcoach/features.ipynb #c820a6db
 @dataclass(frozen=True)
 class Extracted:
     "What came of a video."
@@ -237,20 +238,30 @@ def _work(sources:Sequence[Source], factory:str, options:Mapping[str, Any], chun
     module, _, name = factory.partition(':')
     return list(extract_all(sources, getattr(import_module(module), name)(**options), chunk))
 
+def done_so_far(
+    sources:Sequence[Source], # videos, whoever extracts them
+) -> tuple[int, int]: # steps written, videos complete
+    "How far the extraction of a folder is, by the notes beside its features."
+    held = [m for s in sources if (m := made_of(s.features)) is not None]
+    return sum(m.done for m in held), sum(m.done == m.steps for m in held)
+
 def extract_in_processes(
     sources:Sequence[Source], # videos
     factory:str, # `module:name` of what makes an extractor, called in each process
     options:Mapping[str, Any]|None=None, # its arguments
     nproc:int=2, # processes
     chunk:int=32, # steps written at once
+    progress:Callable[[int, int], None]=lambda steps, videos: None, # told every second (steps written, videos complete)
 ) -> list[Extracted]: # one a video, in order
     "Extracts videos in several processes; raises ValueError for a factory that is not `module:name`."
-    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures import ProcessPoolExecutor, wait
     from multiprocessing import get_context
     if factory.count(':') != 1: raise ValueError(f'factory={factory!r} is not possible; give `module:name`')
     order = {'failed': 3, 'made': 2, 'there': 1, 'elsewhere': 0}
     with ProcessPoolExecutor(nproc, get_context('spawn')) as pool:
         found = [pool.submit(_work, [*sources[k:], *sources[:k]], factory, dict(options or {}), chunk) for k in (len(sources)*i//nproc for i in range(nproc))]
+        while wait(found, timeout=1).not_done: progress(*done_so_far(sources))
+        progress(*done_so_far(sources))
         told = [x for f in found for x in f.result()]
     best = {s.name: max((x for x in told if x.name == s.name), key=lambda x: order[x.state]) for s in sources}
     return [best[s.name] for s in sources]
