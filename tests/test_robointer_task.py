@@ -1,0 +1,65 @@
+"RoboInter's stages as one task: settings, a whole run, the published files, answers that exist already."
+import json
+
+import pytest
+
+from vlm_repro.core.adopted import score_files
+from vlm_repro.core.jsonl import DataError
+from vlm_repro.core.tasks import get_task, make_settings
+from vlm_repro.models.protocol import load_model
+from vlm_repro.robointer.data import TASKS
+from vlm_repro.robointer.task import RoboInterSettings, adopt_predictions, choose, data_folder, load_questions, training_recipe
+from vlm_repro.train.paper import complete_run
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    import torch
+    torch.set_num_threads(1)
+    settings = RoboInterSettings(limit=2)
+    return complete_run(get_task('robointer'), settings, load_model('tiny', tiny='robointer', dtype='float32'), tmp_path_factory.mktemp('run')/'run')
+
+
+def test_a_run_is_whole(run):
+    assert run.manifest['n'] == 2*len(TASKS) and not run.manifest['errors'] and run.manifest['watermark']
+    table = run.path('table.csv').read_text(encoding='utf-8')
+    assert 'cannot be judged' in table and 'Object G.D.' in table and 'as_published' in table
+
+def test_published_files(run):
+    files = sorted(p.name for p in run.path('upstream').glob('eval_details_*.json'))
+    assert files == sorted(f'eval_details_{t}.json' for t in TASKS)
+    assert sorted(p.name for p in (run.path('upstream')/'logs').iterdir()) == sorted(f'tiny_{t}.log' for t in TASKS)
+
+def test_answers_that_exist_are_scored(tmp_path):
+    data = load_questions(RoboInterSettings(tasks='current_box'))
+    rows = [{'id': s.meta['record_id'], 'pred': s.gold, 'gt': s.gold, 'image_path': ''} for s in data.samples]
+    (tmp_path/'mine').mkdir()
+    path = tmp_path/'mine'/'eval_details_current_box.json'
+    path.write_text(json.dumps(rows))
+    root = str(data_folder(RoboInterSettings()))
+    scored = score_files('robointer', tmp_path/'mine', tmp_path/'run', data_root=root)
+    assert '100.0' in scored.path('table.csv').read_text(encoding='utf-8')
+    path.write_text(json.dumps(rows[1:]))
+    with pytest.raises(DataError, match='1 questions have no answer'): adopt_predictions(tmp_path/'mine', {'data_root': root})
+    path.write_text(json.dumps([{**rows[0], 'id': 'other'}, *rows[1:]]))
+    with pytest.raises(DataError, match='of another release'): adopt_predictions(tmp_path/'mine', {'data_root': root})
+    with pytest.raises(DataError, match='is not that of the data'): path.write_text(json.dumps(rows)), adopt_predictions(tmp_path/'mine', {'data_root': root, 'copy': 'origin_format'})
+    with pytest.raises(ValueError, match='cannot be said'): adopt_predictions(tmp_path/'mine', {'limit': 3})
+
+@pytest.mark.parametrize('wrong, said', [({'tasks': 'current_boxes'}, 'is no task'), ({'copy': 'pixels'}, 'smart_resize_format'), ({'program': 'gpt'}, 'robobrain'), ({'mixture': 'droid_all'}, 'no data set'),
+                                         ({'source': 'mine'}, 'intern'), ({'limit': -1}, '0 or more'), ({'question_type': 'free'}, 'refindoor')])
+def test_wrong_settings(wrong, said):
+    with pytest.raises(ValueError, match=said): make_settings(get_task('robointer'), wrong)
+
+def test_length_of_answers_is_the_programs():
+    assert [RoboInterSettings(program=p).max_new_tokens for p in ('qwen', 'internvl', 'robobrain')] == [512, 1024, 768]
+    assert RoboInterSettings(max_new_tokens=9).max_new_tokens == 9
+
+def test_a_larger_limit_keeps_the_smaller():
+    samples = load_questions(RoboInterSettings(tasks='current_box,traj')).samples
+    few, more = ({s.id for s in choose(samples, n, 1)} for n in (3, 5))
+    assert few < more and len(more) == 10
+
+def test_recipe_teaches_what_was_left_out():
+    recipe = training_recipe(RoboInterSettings(recipe='tiny'))
+    assert 'contact_box' in recipe.data[0].settings['mixture'] and recipe.tiny == 'robointer'
