@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT/'papers'/'mmwalk.ipynb'
 ROADBUDDY = ROOT/'papers'/'roadbuddy.ipynb'
 GPT4SCENE = ROOT/'papers'/'gpt4scene.ipynb'
+ROBOINTER = ROOT/'papers'/'robointer.ipynb'
 FULL = [(shots, views) for shots in (0, 1, 3) for views in ('normal', 'single', 'dog+', 'drone+')]
 
 
@@ -57,6 +58,21 @@ def test_gpt4scene_short(tmp_path):
     page = (tmp_path/'notebook.ipynb').read_text(encoding='utf-8')
     assert page.count('image/png') >= 2 and 'the data are not the paper' in page  # a room in three dimensions and what is shown of it; every cell with its verdict
     assert (tmp_path/'upstream'/'qwenvl_scanqa'/'predictions_chunk_0.json').exists()
+
+
+def test_robointer_short(tmp_path):
+    manifest = _run(tmp_path, notebook=ROBOINTER, recipe='', tasks='current_box,traj,planning_decide', limit=2)
+    assert manifest['n'] == 6 and not manifest['errors'] and manifest['watermark']
+    assert 'cannot be judged' in (tmp_path/'table.csv').read_text(encoding='utf-8')
+    assert (tmp_path/'notebook.ipynb').read_text(encoding='utf-8').count('image/jpeg') >= 3  # gallery, film strip, what was said
+    assert (tmp_path/'upstream'/'logs'/'tiny_traj.log').exists() and (tmp_path/'upstream'/'eval_details_current_box.json').exists()
+
+
+@pytest.mark.papers
+def test_robointer_training_adds_the_box_at_contact(tmp_path):
+    _run(tmp_path, notebook=ROBOINTER, tasks='contact_box')
+    before, after = (_column(folder/'scores.jsonl') for folder in (tmp_path/'before', tmp_path))
+    assert sum(after.values())/len(after) > sum(before.values())/len(before) + .1
 
 
 @pytest.mark.papers
