@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/fitcoach/features.html.md"""
 
 # %% auto #0
 __all__ = ['Extractor', 'Made', 'clock_digest', 'note_of', 'made_of', 'Features', 'open_features', 'Source', 'source_of',
-           'plan_source', 'extract_video', 'GridMeans', 'Extracted', 'extract_all', 'done_so_far',
+           'plan_source', 'extract_video', 'GridMeans', 'NetExtractor', 'Extracted', 'extract_all', 'done_so_far',
            'extract_in_processes']
 
 # %% ../../nbs/fitcoach/features.ipynb #2c18b0c1
@@ -203,6 +203,32 @@ class GridMeans:
         last = np.concatenate([now[:1]*0 if self.before is None else self.before, now])[:len(now)]
         self.before = now[-1:].copy()
         return np.concatenate([now, last], 1)
+
+# %% ../../nbs/fitcoach/features.ipynb #3fc1d349
+class NetExtractor:
+    "A streamed network such as `cnn.FitnessCNN` as an extractor."
+    memory = 12 # steps: it sees 45 frames
+
+    def __init__(self,
+        net:Any, # called with frames [1, 4·n, 3, 224, 160] and a state, gives maps [1, n, *shape] and the next state
+        shape:tuple[int, ...]=(1280, 7, 5), # of a map
+        name:str='FitnessCNN', # as shown
+        device:str='cpu', # of torch
+    ) -> None:
+        self.net, self.shape, self.name, self.device = net.to(device).eval(), tuple(shape), name, device
+        self.digest = digest([name, [[k, hashlib.sha256(v.detach().float().cpu().numpy().tobytes()).hexdigest()] for k, v in sorted(net.state_dict().items())]])
+        self.reset()
+
+    def reset(self) -> None:
+        "Forgets the film."
+        self.state = None
+
+    def __call__(self, pixels:np.ndarray) -> np.ndarray:
+        "[n, 4, 3, 224, 160] → [n, *shape]."
+        import torch
+        with torch.inference_mode():
+            maps, self.state = self.net(torch.from_numpy(np.ascontiguousarray(pixels)).flatten(0, 1)[None].to(self.device), self.state)
+            return maps[0].float().cpu().numpy()
 
 # %% ../../nbs/fitcoach/features.ipynb #c820a6db
 @dataclass(frozen=True)
