@@ -17,7 +17,7 @@ from vlm_repro.fitcoach.check import check, expected_counts
 from vlm_repro.fitcoach.clock import clock_facts, read_clock, seconds_of, usable_frames
 from vlm_repro.fitcoach.data import FOLDERS, LABELS, WATERMARK, load, load_short
 from vlm_repro.fitcoach.download import get, plan
-from vlm_repro.fitcoach.features import GridMeans, Source, extract_all, extract_in_processes, extract_video, made_of, note_of, open_features, plan_source
+from vlm_repro.fitcoach.features import GridMeans, NetExtractor, Source, extract_all, extract_in_processes, extract_video, made_of, note_of, open_features, plan_source
 from vlm_repro.fitcoach.frames import frame_pixels, is_sideways, plan_steps, resize_bilinear
 from vlm_repro.fitcoach.spans import Span, spans_of
 from vlm_repro.fitcoach.windows import kept_features, published_windows, sliding_windows
@@ -308,6 +308,25 @@ def test_bad_videos_do_not_stop_the_others(film, tmp_path):
     longer = replace(source(film, tmp_path, '0152'), clock=tmp_path/'short.npy')
     found = list(extract_all([lost, longer, good], GridMeans()))
     assert [x.state for x in found] == ['failed', 'failed', 'made'] and 'belongs to another video' in found[1].detail
+
+
+@pytest.mark.slow
+def test_the_real_network_goes_on_where_it_stopped(film, tmp_path):
+    torch = pytest.importorskip('torch')
+    from vlm_repro.fitcoach.cnn import FitnessCNN, narrow
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    net = FitnessCNN(narrow(1/16), 12)
+    whole, cut = source(film, tmp_path/'a'), source(film, tmp_path/'b')
+    made = extract_video(whole, NetExtractor(net, (12, 7, 5)), 5)
+    extract_video(cut, NetExtractor(net, (12, 7, 5)), 4)
+    maps = np.load(cut.features, mmap_mode='r+')
+    maps[12:] = 0
+    maps.flush()
+    note_of(cut.features).write_text(json.dumps({**json.loads(note_of(cut.features).read_text()), 'done': 12}))
+    assert extract_video(cut, NetExtractor(net, (12, 7, 5)), 7) == made
+    held = [np.load(s.features) for s in (whole, cut)]
+    assert np.abs(held[0] - held[1]).max() < 1e-5 and held[0][12:].std() > 0 and NetExtractor(FitnessCNN(narrow(1/16), 12), (12, 7, 5)).digest != made.digest
 
 
 @pytest.mark.slow
