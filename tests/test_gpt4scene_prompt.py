@@ -110,7 +110,7 @@ def test_frames_are_chosen_evenly_and_the_view_from_above_stays(media, n):
 def test_what_the_builder_writes_is_told_apart():
     assert is_bev(MediaRef(view_path(SCENE, None, True))) and is_bev(MediaRef(view_path(SCENE, None, False)))
     assert not is_bev(MediaRef(view_path(SCENE, 30, True))) and not is_bev(MediaRef(f'images_3D/{SCENE}/000003.jpg'))
-    assert [described(training_name(arm, 32)) for arm in ('mark_3D', '3D', 'mark', '')] == [(32, True), (32, False), (32, True), (32, False)]
+    assert [described(training_name(arm, 32)) for arm in ('mark_3D', '3D', 'mark', '')] == [(32, True, True), (32, False, True), (32, True, False), (32, False, False)]
     assert list_name('mark_3D', 32) == 'selected_images_mark_3D_val_32.json'
 
 
