@@ -49,7 +49,7 @@ def _row(raw:Any, where:str) -> ValRow | Problem:
         return val_row(raw)
     except KeyError as e: return Problem('missing_field', where, f'{e.args[0]:.200}; {RESTORE}')
     except TypeError as e: return Problem('bad_field', where, f'{e}; {RESTORE}')
-    except ValueError as e: return Problem('bad_number', where, f'a number is none ({e}); {RESTORE}')
+    except (ValueError, OverflowError) as e: return Problem('bad_number', where, f'a number is none ({e}); {RESTORE}')
 
 def read_rows(
     path:Path, # one of the five files
