@@ -1,5 +1,6 @@
 """GPT4Scene's files: every odd case, every way in which a file can be bad, chunk files of the published program, and the check."""
 import json
+import os
 import pickle
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -7,14 +8,19 @@ from threading import Thread
 import pytest
 
 from vlm_repro.core.jsonl import DataError
+from vlm_repro.core.records import Answer
 from vlm_repro.gpt4scene.annotations import CORPUS, FILES, LOOKUP
 from vlm_repro.gpt4scene.attributes import OBJECTS, PROPOSALS, attributes_of, read_attributes, write_attributes
 from vlm_repro.gpt4scene.check import check
 from vlm_repro.gpt4scene.chunks import chunk_ranges, read_chunks, read_predictions, write_chunks
-from vlm_repro.gpt4scene.data import LISTED, choose, load, parse_benchmarks
+from vlm_repro.gpt4scene.data import LISTED, choose, load, official, parse_benchmarks
 from vlm_repro.gpt4scene.download import get, plan, remote_files
-from vlm_repro.gpt4scene.rows import row_of
+from vlm_repro.gpt4scene.images import ImageSettings
+from vlm_repro.gpt4scene.rows import ValRow, row_of, sample_of, val_row
 from vlm_repro.gpt4scene.scanalign import INFO, OPENAI, info_entry, open_scanalign
+from vlm_repro.gpt4scene.score import measure
+from vlm_repro.gpt4scene.train_data import conversations, find_training
+from vlm_repro.gpt4scene.truth import LABELS, REFERRED, truth
 
 BOX = [0, 0, .5, .6, .6, 1]
 
@@ -59,7 +65,9 @@ def test_both_layouts_of_images(tmp_path, place):
 
 
 @pytest.mark.parametrize('benchmark, change, label', [
-    ('scanqa', {'scene_id': 't'}, 'missing_scene'), ('scanqa', {'scene_id': None}, 'bad_field'), ('scanqa', {'obj_id': 'x'}, 'bad_number'), ('scanqa', {'ref_captions': 'a chair'}, 'bad_field'),
+    ('scanqa', {'scene_id': 't'}, 'missing_scene'), ('scanqa', {'scene_id': None}, 'bad_field'), ('scanqa', {'obj_id': 'x'}, 'bad_number'), ('scanqa', {'ref_captions': 'a chair'}, 'bad_field'), ('scanqa', {'obj_id': float('inf')}, 'bad_number'), ('scanqa', {'ref_captions': [3, None]}, 'bad_answer'),
+    ('scanqa', {'ref_captions': []}, 'no_answer'), ('sqa3d', {'ref_captions': ['a', None]}, 'bad_answer'), ('sqa3d', {'sqa_type': 9}, 'bad_type'), ('sqa3d', {'type_info': 'what'}, 'bad_type'),
+    ('multi3dref', {'ref_captions': [True], 'eval_type': 'st_w_d'}, 'no_object'),
     ('sqa3d', {'sqa_type': 'what'}, 'bad_number'), ('scanrefer', {'obj_id': 3}, 'no_object'), ('scanrefer', {'obj_id': -1}, 'no_object'), ('multi3dref', {'ref_captions': [0, 3], 'eval_type': 'mt'}, 'no_object'),
     ('multi3dref', {'ref_captions': ['0'], 'eval_type': 'mt'}, 'no_object'), ('multi3dref', {'ref_captions': [], 'eval_type': 'zt'}, 'bad_type'), ('multi3dref', {'ref_captions': [], 'eval_type': 'mt'}, 'bad_type'),
     ('scan2cap', {'pred_id': 2}, 'no_proposal'), ('scan2cap', {'obj_id': 2}, 'no_captions')])
@@ -81,9 +89,53 @@ def test_an_odd_row_is_kept_and_named(tmp_path, rows, label):
 
 
 def test_defaults_of_a_row(tmp_path):
-    data = load(make_root(tmp_path, scanqa=[{'scene_id': 's', 'prompt': 'Why?'}]), 'scanqa')
-    held = row_of(data.samples[0])
+    held = val_row({'scene_id': 's', 'prompt': 'Why?'})
     assert (held.refs, held.obj_id, held.pred_id, held.kind) == ((), 0, 0, 0)
+    bare = {'scene_id': 's', 'prompt': 'Why?'}
+    data = load(make_root(tmp_path, scanqa=[bare, row(qid=1)]), 'scanqa')
+    assert labels(data) == ['no_answer'] and [row_of(s).refs for s in data.samples] == [('a chair',)]
+
+
+@pytest.mark.parametrize('benchmark', ['scanrefer', 'multi3dref', 'scan2cap'])
+@pytest.mark.parametrize('empty', [False, True])
+def test_a_scene_without_proposals_is_named_before_anything_is_asked(tmp_path, benchmark, empty):
+    more = {'ref_captions': [0], 'eval_type': 'st_w_d'} if benchmark == 'multi3dref' else {}
+    root = make_root(tmp_path, **{benchmark: [row(**more), row(qid=1, scene_id='t', **more)]})
+    folder = root/'evaluate/annotation'
+    write_attributes(folder/OBJECTS, {s: attributes_of(['chair']*3, [BOX]*3) for s in 'st'})
+    write_attributes(folder/PROPOSALS, {'s': attributes_of(['chair'], [BOX]), **({'t': attributes_of([], [])} if empty else {})})
+    for name, held in ((LISTED, ['images_2D/s/0.jpg']), (LOOKUP, {'0': 0})): write(folder/name, {s: held for s in 'st'})
+    write(folder/CORPUS, {'s|0': ['sos a chair eos'], 't|0': ['sos a chair eos']})
+    data = load(root, benchmark)
+    assert labels(data) == ['no_proposals'] and [s.meta['scene'] for s in data.samples] == ['s']
+    scores = measure(data.samples, [Answer(s.id, '<OBJ000>.', 'ok', 'as_written@1') for s in data.samples], truth(root, (benchmark,)), meteor=False)
+    assert scores and all(s.label == 'ok' for s in scores if not s.metric.startswith('meteor'))
+
+
+def test_names_of_scanrefer_that_are_none_are_refused(tmp_path):
+    root = make_root(tmp_path, scanrefer=[row()])
+    folder = root/'evaluate/annotation'
+    (folder/LOOKUP).unlink()
+    columns = ['id', 'raw_category', 'category', 'count', 'nyu40id', 'eigen13id', 'nyuClass', 'nyu40class']
+    write(folder/LABELS, '\t'.join(columns) + '\n' + '\t'.join(['1', 'chair', '', '', '', '', '', 'chair']) + '\n')
+    described = write(folder/REFERRED[0], [{'scene_id': 's', 'object_id': '0', 'object_name': None}])
+    with pytest.raises(DataError, match='row 0: no texts scene_id and object_name'): load(root, 'scanrefer')
+    write(described, [{'scene_id': 's', 'object_id': '0', 'object_name': 'chair'}])
+    assert truth(root, ('scanrefer',)).lookup == {'s': {'0': 0}}
+    write(described, [{'scene_id': 's', 'object_id': i, 'object_name': 'chair'} for i in '01'])
+    os.utime(described, ns=(1, 1))
+    assert truth(root, ('scanrefer',)).lookup == {'s': {'0': 1, '1': 1}}
+
+
+def fit(benchmark, n, scenes):
+    return [sample_of(benchmark, i, ValRow(f'scene{i % scenes:04d}_00', 'q', ('a',), i, i//scenes)) for i in range(n)]
+
+
+def test_scan2cap_is_the_papers_by_its_captions():
+    rows, corpus = fit('scan2cap', 2007, 141), {f'scene{i % 141:04d}_00|{i}': ('a',) for i in range(2068)}
+    assert official('scan2cap', rows, corpus=corpus)
+    assert not official('scan2cap', rows, corpus=dict(list(corpus.items())[:1500])) and not official('scan2cap', fit('scan2cap', 200, 20), corpus=corpus) and not official('scan2cap', rows, corpus={})
+    assert official('sqa3d', fit('sqa3d', 3261, 65)) and not official('sqa3d', fit('sqa3d', 3260, 65))
 
 
 @pytest.mark.parametrize('text, said', [('[{"scene_id": "s"', 'not JSON .* at line 1'), ('{}', 'a list was expected'), ('[]', 'its list is empty'), ('[1]', 'bad_record')])
@@ -147,7 +199,7 @@ def test_orders_are_skipped_and_counts_stop(tmp_path):
     with pytest.raises(DataError, match='train.json row 1: image_count: 2 <image> for 1 images'): open_scanalign(write(tmp_path/'train.json', [told(1), told(2, images=['a'])]))
 
 
-@pytest.mark.parametrize('text, said', [('[{"a"', 'not JSON'), ('[]', 'its list is empty'), ('[{"a": 1}]', 'neither `conversations`'), ('', 'the end of the file')])
+@pytest.mark.parametrize('text, said', [('[{"a"', 'not JSON'), ('[]', 'its list is empty'), ('[{"a": 1}]', 'neither `conversations`'), ('', 'the end of the file'), ('['*100_000, 'nested too deeply')])
 def test_a_broken_training_file(tmp_path, text, said):
     with pytest.raises(DataError, match=said): open_scanalign(write(tmp_path/'train.json', text))
 
@@ -157,6 +209,22 @@ def test_a_training_file_that_changed_is_noticed(tmp_path):
     held = open_scanalign(path)
     write(path, [told(1)])
     with pytest.raises(DataError, match='train.json row 1'): held[1]
+
+
+def test_the_view_from_above_is_there_or_the_file_is_refused(tmp_path):
+    names = [f'sharegpt_data_chat_scene_{name}.json' for name in ('4_images', '4_images_3D', '8_images_3D_mark')]
+    for name in names:
+        pictures = [f'images_2D/s/{k}.png' for k in range(int(name.split('_')[4]))] + (['images_2D/s/s_bev.png'] if '3D' in name else [])
+        write(tmp_path/'data'/name, [{**told(len(pictures)), 'images': pictures}])
+        for p in pictures: write(tmp_path/'data'/p, '')
+    found = {(marks, bev): conversations(tmp_path, 4, marks, ImageSettings(bev=bev)) for marks in (True, False) for bev in (True, False)}
+    assert {key: held.source.path.name for key, held in found.items()} == {(True, True): names[2], (True, False): names[2], (False, True): names[1], (False, False): names[0]}
+    assert {key: sum(p['type'] == 'image' for p in held[0].messages[0]['content']) for key, held in found.items()} == {(True, True): 5, (True, False): 4, (False, True): 5, (False, False): 4}
+    assert find_training(tmp_path/'evaluate/annotation', 4, True) == tmp_path/'data'/names[2]
+    (tmp_path/'data'/names[1]).unlink()
+    with pytest.raises(DataError, match='4 frames without marks and with the view from above'): conversations(tmp_path, 4, False)
+    write(tmp_path/'data'/names[1], [told(4)])
+    with pytest.raises(ValueError, match='no view from above; set bev to False'): conversations(tmp_path, 4, False)[0]
 
 
 # chunks
@@ -191,6 +259,9 @@ def test_sets_that_are_not_whole_are_refused(tmp_path):
     with pytest.raises(DataError, match='predictions_chunk_1.json: not JSON'): read_chunks(two[0].parent, samples)
     two[1].write_text('[{"scene_id": "s"}]')
     with pytest.raises(DataError, match='predictions_chunk_1.json row 0'): read_chunks(two[0].parent, samples)
+    for odd in ({'scene_id': ['s']}, {'gt_id': 1e400}, {'prompt': None}, {'pred': 3}):
+        two[1].write_text(json.dumps([{'scene_id': 's', 'prompt': 'q', 'pred': 'x', **odd}]))
+        with pytest.raises(DataError, match='predictions_chunk_1.json row 0'): read_chunks(two[0].parent, samples)
     two[0].unlink()
     with pytest.raises(DataError, match='predictions_chunk_0.json is missing'): read_chunks(two[0].parent, samples)
 
@@ -211,6 +282,17 @@ def test_the_check_counts_and_names(tmp_path):
     assert not report.ok and report.releases['scanqa'] == 'unknown' and report.releases['multi3dref'] == 'unusable' and report.releases['scanrefer'] == 'absent'
     assert {p.label for p in report.problems if p.dropped} == {'missing_scene', 'unusable'}
     assert {('scanqa', 'rows', 1, 4675), ('train', 'skipped for their order', 0, None)} <= {(r.split, r.what, r.found, r.expected) for r in report.rows}
+
+
+def test_the_check_takes_one_of_several_lists(tmp_path):
+    root = make_root(tmp_path, scanqa=[row(), row(qid=1, scene_id='t')])
+    folder = root/'evaluate/annotation'
+    (folder/LISTED).unlink()
+    for name, scenes in (('mark_val_4', 's'), ('mark_3D_val_4', 'st'), ('val_4', 'st')): write(folder/f'selected_images_{name}.json', {s: ['images_2D/s/0.jpg'] for s in scenes})
+    write(folder/'selected_images_broken_val_4.json', '[')
+    report = check(root)
+    assert {('scanqa', 'rows', 2), ('images', 'list that rows are looked up in', 'selected_images_mark_3D_val_4.json')} <= {(r.split, r.what, r.found) for r in report.rows}
+    assert [(p.label, p.where) for p in report.problems if p.dropped] == [('unusable', 'selected_images_broken_val_4.json')]
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -92,10 +92,10 @@ def _key_of(sample:Sample) -> Key:
     return (m['scene'], m['qid'], sample.question, int(m['obj_id']), int(m['pred_id']))
 
 def _row(row:Any, where:str) -> tuple[Key, str]:
-    if not isinstance(row, dict) or not {'scene_id', 'prompt', 'pred'} <= row.keys() or not isinstance(row['pred'], str):
-        raise DataError(f'{where}: no row with scene_id, prompt and a text as pred; {_AGAIN}')
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ('scene_id', 'prompt', 'pred')):
+        raise DataError(f'{where}: no row with the texts scene_id, prompt and pred; {_AGAIN}')
     try: return _key(row), row['pred']
-    except (TypeError, ValueError) as e: raise DataError(f'{where}: {e}; {_AGAIN}') from e
+    except (TypeError, ValueError, OverflowError) as e: raise DataError(f'{where}: {e}; {_AGAIN}') from e
 
 def chunk_files(
     folder:Path, # of one benchmark

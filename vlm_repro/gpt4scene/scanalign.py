@@ -139,6 +139,7 @@ class _Window:
     def value(self) -> tuple[int, int, Any]: # its first byte, its length, and the value
         while True:
             try: held, end = _DECODE(self.text, self.at)
+            except RecursionError as e: raise DataError(f'{self.path.name}: brackets are nested too deeply behind byte {self.start + self.at}; {RESTORE}') from e
             except json.JSONDecodeError as e:
                 open_end = e.pos + 16 > len(self.text) or e.msg.startswith('Unterminated string')
                 if self.ended or not open_end or len(self.text) - self.at > LONGEST: raise DataError(f'{self.path.name}: not JSON ({e.msg} at byte {self.start + e.pos}); {RESTORE}') from e
