@@ -54,11 +54,7 @@ def moe_block(given: Any, data: Path) -> dict[str, Any]:
     config = qwen25_moe.Qwen2_5_VLMoeTextConfig(
         num_experts=given["num_experts"], num_experts_per_tok=given["top_k"], moe_intermediate_size=given["moe_intermediate"], norm_topk_prob=given["norm_topk_prob"], hidden_size=given["hidden"],
         num_attention_heads=1, num_key_value_heads=1)
-    block = qwen25_moe.MoeBlock(config).double()
-    block.gate.weight.data = torch.tensor(given["gate"], dtype=torch.float64)
-    for expert, weights in zip(block.experts, given["experts"], strict=True):
-        for name, held in weights.items():
-            getattr(expert, name).weight.data = torch.tensor(held, dtype=torch.float64)
+    block = qwen25_moe.block_of(config, given["gate"], given["experts"])
     out: dict[str, Any] = {}
     with torch.no_grad():
         for name, form in (("dense_v2", "dense"), ("sparse_v1", "sparse")):
