@@ -16,7 +16,7 @@ import numpy as np
 from ..core.jsonl import DataError
 from ..metrics.boxes3d import Boxes, iou_matrix, stored
 from .attributes import CAP, Attributes, attributes_of
-from .space import Instances, Scene, boxes
+from .space import Instances, Scene, boxes, on_mesh
 
 # %% ../../nbs/gpt4scene/proposals.ipynb #fd4326de
 _AGAIN = 'write the predictions again'
@@ -52,9 +52,7 @@ def scene_attributes(
     cap:int|None=CAP, # most boxes; None for true objects, which are all kept
 ) -> Attributes: # for the attribute files
     "Names and boxes of one scene."
-    rows = scene.rows
-    masks = found.masks if rows is None else tuple(np.flatnonzero(np.isin(rows, m)) for m in found.masks)
-    return attributes_of(found.labels, boxes(scene, Instances(masks, found.labels)), cap)
+    return attributes_of(found.labels, boxes(scene, on_mesh(scene, found)), cap)
 
 # %% ../../nbs/gpt4scene/proposals.ipynb #b501a27c
 def best_proposal(

@@ -93,21 +93,36 @@ class Caster:
         return 1 - self.shading*(1 - np.abs(normals @ _LIGHT)/np.maximum(length, 1e-12))
 
 # %% ../../nbs/gpt4scene/render.ipynb #7170f195
+_CELL, _BENEATH = .15, .3 # metres: side of a piece of ground, and how far down it has to be empty
+
+def _ceiling_of_points(points:np.ndarray, lows:np.ndarray, least_share:float, layer:float) -> float|None:
+    "The ceiling of a cloud: the first layer that hangs free over enough of the ground."
+    _, cell = np.unique(np.floor(points[:, :2]/_CELL).astype(np.int64), axis=0, return_inverse=True)
+    cell, z = cell.ravel(), points[:, 2]
+    for low in lows:
+        held = np.zeros(cell.max() + 1, bool)
+        held[cell[(z >= low - _BENEATH) & (z < low)]] = True
+        inside = (z >= low) & (z <= low + layer) & ~held[cell]
+        if len(np.unique(cell[inside])) >= least_share*len(held): return float(z[inside].min())
+    return None
+
 def ceiling_height(
-    mesh:Mesh, # aligned
+    mesh:Mesh, # aligned; of a cloud, what has faces counts
     least_height:float=1.9, # metres above the floor
     least_share:float=.25, # of the ground that the mesh covers
     layer:float=.2, # metres, thickness within which a ceiling lies
 ) -> float|None: # z of its lowest part, None without a ceiling
     "The height of the ceiling (rule ours; upstream's is unknown, spec section 1.5)."
+    floor, top = np.percentile(mesh.points[:, 2], (1, 100))
+    lows = np.arange(floor + least_height, top + .05, .05)
+    if mesh.cloud: return _ceiling_of_points(mesh.points[np.unique(mesh.faces)], lows, least_share, layer)
     corners = mesh.points[mesh.faces]
     normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])/2
     area = np.linalg.norm(normal, axis=1)
     level = np.abs(normal[:, 2]) > .9*np.maximum(area, 1e-12)
     z = corners[:, :, 2].mean(1)
-    floor, top = np.percentile(mesh.points[:, 2], (1, 100))
     ground = np.prod(np.ptp(mesh.points[:, :2], axis=0))
-    for low in np.arange(floor + least_height, top + .05, .05):
+    for low in lows:
         inside = level & (z >= low) & (z <= low + layer)
         if area[inside].sum() >= least_share*ground: return float(z[inside].min())
     return None
