@@ -1,5 +1,8 @@
 """Scenes become pictures: frames, top view and marks agree with the mesh, and broken files are named."""
+import json
+import struct
 import tracemalloc
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +12,12 @@ from PIL import Image
 
 from vlm_repro.gpt4scene.marks import Mark, MarkStyle, draw_marks, mask_mark
 from vlm_repro.gpt4scene.own import fuse_depth, read_folder, write_folder
+from vlm_repro.gpt4scene.proposals import scene_attributes
 from vlm_repro.gpt4scene.render import Caster, ceiling_height, pinhole, project, scaled, top_view
 from vlm_repro.gpt4scene.rooms import SHADING, Piece, Room, looking, room_mesh, room_scene, sample_room
 from vlm_repro.gpt4scene.scannet import read_objects, read_scene, write_scan
 from vlm_repro.gpt4scene.sens import SensHeader, read_sens, write_sens
-from vlm_repro.gpt4scene.space import Instances, Mesh, Scene, SceneError, boxes, on_mesh, points_mesh, read_mesh, write_mesh
+from vlm_repro.gpt4scene.space import Instances, Mesh, Scene, SceneError, boxes, check_camera, on_mesh, points_mesh, read_mesh, write_mesh
 from vlm_repro.gpt4scene.views import ViewOptions, composite, image_list, make_views, plan_frames, save_views, with_poses
 
 OPTIONS = ViewOptions(6, None, 196, MarkStyle(14), MarkStyle(15), shading=SHADING, least_share=.004, inside=True, cast=140)
@@ -47,6 +51,12 @@ def test_a_frame_without_a_pose_gives_way_and_this_is_said():
     assert frames == [1, 2, 4] and notes == ["s: frame 0 has no pose, frame 1 stands in for it"]
     with pytest.raises(SceneError, match="none of its 4 frames"):
         with_poses([0], np.zeros(4, bool), "s")
+    lost = np.ones(300, bool)
+    lost[100:160] = False
+    frames, notes = with_poses(plan_frames(300, 32), lost, "s")
+    assert len(frames) == 32 and lost[frames].all() and len(notes) == 7  # a stretch without poses costs no frame
+    frames, notes = with_poses([0, 1, 2], np.array([True, False, False]), "s")
+    assert frames == [0] and all("left out" in n for n in notes)
 
 
 def test_rays_and_projection_are_inverse(made):
@@ -132,6 +142,20 @@ def test_what_is_hidden_has_no_mark_unless_asked_for():
     assert numbers(*screened(True), replace(options, occlusion=False)) == [0, 1]
 
 
+def test_without_the_occlusion_test_no_mark_is_lost():
+    scene, things = room_scene("s", sample_room(np.random.default_rng(3)), np.random.default_rng(1), 4, (320, 240))
+    shares = []
+    for occlusion in (True, False):
+        found = make_views(scene, things, ViewOptions(4, None, 0, occlusion=occlusion)).frames
+        shares.append({(v.frame, m.number): m.share for v in found for m in v.marks})
+    assert len(shares[0]) > 12 and all(shares[1].get(key, 0) >= share for key, share in shares[0].items())
+
+
+def test_masks_of_another_mesh_are_refused(made):
+    with pytest.raises(SceneError, match="of another mesh"):
+        make_views(made[0], Instances((np.array([10**7]),), ("x",)), OPTIONS)
+
+
 def test_filters_leave_marks_out(made, views):
     kinds = {made[1].labels[m.number] for m in views.bev.marks}
     one = sorted(kinds)[0]
@@ -155,6 +179,58 @@ def test_the_ceiling_is_gone_from_the_top_view(made):
     assert np.isclose(ceiling_height(mesh), mesh.points[:, 2].max(), atol=.01)
     low = Mesh(mesh.points, mesh.faces[(mesh.points[mesh.faces][:, :, 2] < 1.8).all(1)], mesh.colours)
     assert ceiling_height(low) is None
+
+
+def test_a_corner_called_ceiling_does_not_save_the_rest_of_it(made):
+    scene, things = made
+    top = things.labels.index("ceiling")
+    corner = replace(things, masks=(*things.masks[:top], things.masks[top][:30], *things.masks[top + 1:]))
+    whole, part = (np.asarray(make_views(scene, found, replace(OPTIONS, n=1)).bev.image, int) for found in (things, corner))
+    assert np.abs(whole - part).mean() < 1
+
+
+def cloud_room(high=2.5):
+    grid = np.linspace(0, 4, 81)
+    level = lambda z: np.stack([*(a.ravel() for a in np.meshgrid(grid, grid)), np.full(81**2, z)], -1)
+    side = np.stack([*(a.ravel() for a in np.meshgrid(grid, np.linspace(0, high, 51))), np.zeros(81 * 51)], -1)
+    walls = [side[:, [0, 2, 1]], side[:, [0, 2, 1]] + (0, 4, 0), side[:, [2, 0, 1]], side[:, [2, 0, 1]] + (4, 0, 0)]
+    box = np.stack([a.ravel() for a in np.meshgrid(np.linspace(1, 2, 21), np.linspace(1, 2, 21), np.linspace(0, .6, 13))], -1)
+    parts = [level(0), level(high), *walls, box]
+    paint = [(0, 200, 0), (200, 0, 0), *[(120, 120, 120)] * 4, (0, 0, 200)]
+    return parts, np.repeat(paint, [len(p) for p in parts], 0)
+
+
+def test_the_ceiling_of_a_cloud_is_gone_and_its_boxes_are_those_of_its_points():
+    parts, colours = cloud_room()
+    points = np.concatenate(parts)
+    mesh, rows = points_mesh(points, colours, .03)
+    assert np.isclose(ceiling_height(mesh), 2.47)
+    open_above, _ = points_mesh(np.concatenate([parts[0], *parts[2:]]), np.delete(colours, np.arange(81**2, 2 * 81**2), 0), .03)
+    assert ceiling_height(open_above) is None  # walls are none
+    scene = Scene("s", mesh, [Image.new("RGB", (64, 48))], np.eye(4)[None], np.array([[50, 0, 32], [0, 50, 24], [0, 0, 1.]]), rows=rows)
+    box = on_mesh(scene, Instances((np.arange(len(points) - len(parts[-1]), len(points)),), ("box",)))
+    views = make_views(scene, box, ViewOptions(1, bev_size=64))
+    picture = np.asarray(views.bev.image)
+    share = lambda colour: (picture == colour).all(-1).mean()
+    assert share((0, 200, 0)) > .3 and share((0, 0, 200)) > .02 and not share((200, 0, 0))  # floor and box, no ceiling
+    assert np.allclose(boxes(scene, box), [[1.5, 1.5, .3, 1, 1, .6]], atol=1e-6)
+    assert np.allclose(scene_attributes(scene, box).boxes, boxes(scene, box))  # those that are on the mesh stay as they are
+    flat = on_mesh(scene, Instances((np.arange(9),), ("rug",)))
+    assert any("0 (rug) is flat" in n for n in make_views(scene, flat, ViewOptions(1, bev_size=0)).notes)
+
+
+def test_an_own_folder_of_depth_images_has_no_ceiling_in_its_top_view(tmp_path):
+    inner, size = np.array([[40., 0, 50], [0, 40, 50], [0, 0, 1]]), (100, 100)
+    shell = trimesh.creation.box((4, 4, 2.6))
+    red = trimesh.creation.box((1, 1, .8)).apply_translation((1, 0, -.9))
+    mesh = Mesh(np.concatenate([shell.vertices, red.vertices]), np.concatenate([shell.faces, np.asarray(red.faces) + 8]), np.repeat([[230, 230, 230], [220, 30, 30]], 8, 0).astype(np.uint8))
+    caster, poses = Caster(mesh), np.stack([looking((-1., 0, 0), (-1 + np.cos(a), np.sin(a), h)) for a in np.linspace(0, 6, 9) for h in (-.8, .8)])
+    seen = [caster(pinhole(p, inner, size)) for p in poses]
+    scene = Scene("own", mesh, [Image.fromarray(h.rgb) for h in seen], poses, inner)
+    back = read_folder(write_folder(tmp_path / "own", scene, lambda i: seen[i].depth))
+    assert abs(ceiling_height(back.mesh) - 1.3) < .1
+    picture = np.asarray(make_views(back, Instances((), ()), ViewOptions(1, None, 100)).bev.image, int)
+    assert (picture[..., 0] - picture[..., 1] > 100).sum() > 200
 
 
 def test_frames_keep_their_size_unless_told(made):
@@ -223,6 +299,23 @@ def test_a_recording_is_read_in_the_memory_of_one_frame(tmp_path):
     assert peak < 3e6
 
 
+def test_frames_of_a_recording_stay_within_their_size(tmp_path):
+    header = SensHeader("demo", np.eye(4), np.eye(4), (48, 32), (48, 32))
+    path = write_sens(tmp_path / "a.sens", header, [(np.eye(4), Image.new("RGB", (48, 32)), np.ones((32, 48)))])
+    at, colour, depth = read_sens(path).places[0]
+    bomb, whole = zlib.compress(bytes(3 * 10**7)), path.read_bytes()
+    path.write_bytes(whole[: at - 8] + struct.pack("<Q", len(bomb)) + whole[at : at + colour] + bomb + whole[at + colour + depth :])
+    tracemalloc.start()
+    with pytest.raises(SceneError, match="depth of frame 0"):
+        read_sens(path).depth(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
+    path = write_sens(path, header, [(np.eye(4), Image.new("RGB", (24, 16)), np.ones((32, 48)))])
+    with pytest.raises(SceneError, match="24x16, its header says 48x32"):
+        read_sens(path).colour(0)
+
+
 @pytest.fixture(scope="module")
 def scan_folder(tmp_path_factory, made):
     scene, things = made
@@ -269,6 +362,77 @@ def test_what_is_whole_of_a_cut_recording_can_be_used(scan_folder):
     assert "ends within frame" in make_views(scan, read_objects(scan_folder, scan), OPTIONS).notes[0]
 
 
+@pytest.fixture()
+def unpacked(tmp_path, made, scan_folder):
+    """The scan as ScanNet's program unpacks it."""
+    scene, _ = made
+    folder = write_folder(tmp_path / "scene0007_00", replace(scene, poses=scene.poses[:2]), lambda i: np.full((112, 140), 2.))
+    for file in scan_folder.iterdir():
+        if file.suffix != ".sens":
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_an_unpacked_scan_is_the_same_by_any_path(unpacked, made, monkeypatch):
+    monkeypatch.chdir(unpacked.parent)
+    for path in (unpacked, "scene0007_00", "./scene0007_00/../scene0007_00"):
+        scan = read_scene(path)
+        assert len(scan.mesh.points) == len(made[0].mesh.points) and len(read_objects(path, scan).masks) == len(made[1].masks)
+    monkeypatch.chdir(unpacked)
+    assert read_scene(".").name == "scene0007_00" and read_folder(".").name == "scene0007_00"
+    (unpacked / "scene0007_00_vh_clean_2.ply").unlink()
+    with pytest.raises(SceneError, match="scene0007_00_vh_clean_2.ply: no such file"):
+        read_scene(unpacked)
+
+
+def test_a_camera_of_another_size_of_picture_is_refused(unpacked):
+    for path in (unpacked / "color").iterdir():
+        Image.open(path).resize((70, 56)).save(path)
+    with pytest.raises(SceneError, match="intrinsics.txt: the inner parameters have their middle at .* but frames are 70x56"):
+        read_scene(unpacked)
+    check_camera(np.array([[900., 0, 700], [0, 900, 300], [0, 0, 1]]), (1000, 600), "a part of a picture")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(objectId=-3), "objectId is -3"), (dict(objectId=1), "object 1 twice"), (dict(objectId="x"), "objectId is 'x'"), (dict(objectId=None), "objectId is None"),
+    (dict(objectId=10**9), "objectId is 1000000000"), (dict(segments=None), "segments of object 0"), (dict(segments=["1"]), "segments of object 0")])
+def test_an_aggregation_that_is_wrong_is_named(unpacked, change, message):
+    scan, path = read_scene(unpacked), unpacked / "scene0007_00.aggregation.json"
+    held = json.loads(path.read_text())
+    held["segGroups"][0].update(change)
+    path.write_text(json.dumps(held))
+    with pytest.raises(SceneError, match=f"scene0007_00.aggregation.json.* {message}"):
+        read_objects(unpacked, scan)
+
+
+def test_the_aggregation_of_the_finer_mesh_is_not_taken(unpacked):
+    scan, path = read_scene(unpacked), unpacked / "scene0007_00.aggregation.json"
+    whole = path.read_text()
+    path.write_text(whole.replace("_vh_clean_2.0.010000", "_vh_clean"))
+    with pytest.raises(SceneError, match="not of those in scene0007_00_vh_clean_2"):
+        read_objects(unpacked, scan)
+    path.rename(unpacked / "scene0007_00_vh_clean.aggregation.json")
+    with pytest.raises(SceneError, match="finer mesh"):
+        read_objects(unpacked, scan)
+
+
+def test_a_mesh_with_points_that_are_no_numbers_is_refused(tmp_path, made):
+    mesh = made[0].mesh
+    points = mesh.points.copy()
+    points[5] = np.nan
+    with pytest.raises(SceneError, match="a.ply: 1 of .* row 5"):
+        read_mesh(write_mesh(tmp_path / "a.ply", replace(mesh, points=points)))
+
+
+def test_depth_that_is_no_depth_is_named(tmp_path, made):
+    scene = replace(made[0], poses=made[0].poses[:2])
+    folder = write_folder(tmp_path / "own", scene, lambda i: np.full((56, 70), 2.))
+    for spoil, message in ((lambda p: p.write_bytes(b"xx"), "000001.png cannot be read"), (Image.new("RGB", (70, 56)).save, "kind RGB"), (Image.new("L", (70, 56)).save, "kind L")):
+        spoil(folder / "depth" / "000001.png")
+        with pytest.raises(SceneError, match=message):
+            read_folder(folder)
+
+
 def test_instances_without_volume_are_named(made):
     scene, _ = made
     flat = np.flatnonzero(scene.aligned().mesh.points[:, 2] == 0)[:20]
@@ -286,7 +450,7 @@ def test_points_serve_like_a_mesh(tmp_path):
     assert len(mesh.faces) == 400 and np.array_equal(mesh.colours, colours[rows])
     scene = Scene("s", mesh, [], np.full((1, 4, 4), np.nan), np.eye(3), rows=rows)
     placed = on_mesh(scene, Instances((np.array([7, 9]),), ("ball",)))
-    assert np.allclose(boxes(scene, placed)[0, :3], points[[7, 9]].mean(0), atol=1e-4) and set(rows[placed.masks[0]]) == {7, 9}
+    assert np.allclose(boxes(scene, placed)[0, :3], points[[7, 9]].mean(0), atol=1e-4) and np.allclose(boxes(scene, placed)[0, 3:], np.ptp(points[[7, 9]], axis=0), atol=1e-4) and set(rows[placed.masks[0]]) == {7, 9}
 
 
 def test_depth_images_are_put_together():

@@ -9,7 +9,8 @@ __all__ = ['read_alignment', 'read_scene', 'read_objects', 'write_scan']
 
 # %% ../../nbs/gpt4scene/scannet.ipynb #70941cc8
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from .own import Loaded, read_folder
 from .sens import SensHeader, read_sens, write_sens
-from .space import Instances, Scene, SceneError, read_mesh, write_mesh
+from .space import Instances, Scene, SceneError, check_camera, on_mesh, read_mesh, write_mesh
 
 # %% ../../nbs/gpt4scene/scannet.ipynb #564a56c9
 def read_alignment(
@@ -36,14 +37,15 @@ def read_alignment(
 def _unpacked(folder:Path, mesh:Path) -> Scene:
     "A scan whose `.sens` file was unpacked by ScanNet's program."
     if not (folder/'color').is_dir(): raise SceneError(f'{folder.name} has neither {folder.name}.sens nor color/ and pose/ from it')
-    return read_folder(folder, mesh=mesh)
+    if not mesh.is_file(): raise SceneError(f'{mesh.name}: no such file in {folder.name}; `own.read_folder` puts a place together from depth/, without the scan\'s objects')
+    return read_folder(folder, mesh=mesh.name)
 
 def read_scene(
     folder:str|Path, # of one scan, called by its name
     partial:bool=False, # use what is whole of a `.sens` file that ends early
 ) -> Scene:
     "A scan; raises SceneError naming the file that is missing, cut off or wrong."
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     name, mesh_file = folder.name, folder/f'{folder.name}_vh_clean_2.ply'
     alignment = read_alignment(folder/f'{name}.txt')
     if not (folder/f'{name}.sens').is_file():
@@ -51,33 +53,54 @@ def read_scene(
         return Scene(name, scene.mesh, scene.frames, scene.poses, scene.intrinsics, alignment, scene.rows)
     mesh, rows = read_mesh(mesh_file)
     sens = read_sens(folder/f'{name}.sens', partial)
-    return Scene(name, mesh, Loaded(len(sens), sens.colour), sens.poses, sens.header.colour_camera[:3, :3], alignment, rows, (sens.problem,) if sens.problem else ())
+    camera = check_camera(sens.header.colour_camera[:3, :3], sens.header.colour_size, sens.path.name)
+    return Scene(name, mesh, Loaded(len(sens), sens.colour), sens.poses, camera, alignment, rows, (sens.problem,) if sens.problem else ())
 
 # %% ../../nbs/gpt4scene/scannet.ipynb #28ce3ff8
-def _held(path:Path, key:str) -> Any:
+def _held(path:Path, key:str, default:Any=None) -> Any:
     if not path.is_file(): raise SceneError(f'{path.name}: no such file in {path.parent.name}')
     try: content = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise SceneError(f'{path.name} is no JSON ({e}): it may be cut off, fetch it again') from e
-    if not isinstance(content, dict) or key not in content: raise SceneError(f'{path.name} has no {key}')
-    return content[key]
+    except (ValueError, RecursionError) as e: raise SceneError(f'{path.name} is no JSON ({e}): it may be cut off, fetch it again') from e
+    if not isinstance(content, dict) or (default is None and not isinstance(content.get(key), list)): raise SceneError(f'{path.name} has no list {key}')
+    return content.get(key, default)
+
+_SEGMENTS = '_vh_clean_2.0.010000.segs.json'
+
+def _group(group:Any, where:str, taken:Mapping[int, Any], most:int) -> tuple[int, list[int], str]:
+    "Number, segments and label of an object."
+    number, segments = (group.get(k) if isinstance(group, dict) else None for k in ('objectId', 'segments'))
+    if type(number) is not int or not 0 <= number < most: raise SceneError(f'{where} has an object whose objectId is {number!r}, not a number from 0 below {most}')
+    if number in taken: raise SceneError(f'{where} has object {number} twice')
+    if not isinstance(segments, list) or any(type(v) is not int for v in segments): raise SceneError(f'{where}: the segments of object {number} are not a list of numbers')
+    return number, segments, str(group.get('label', ''))
+
+def _groups(folder:Path, most:int) -> dict[int, tuple[list[int], str]]:
+    "Segments and label of each object."
+    path = folder/f'{folder.name}.aggregation.json'
+    other = folder/f'{folder.name}_vh_clean.aggregation.json'
+    if not path.is_file() and other.is_file(): raise SceneError(f'{path.name}: no such file in {folder.name}; {other.name} speaks of the segments of the finer mesh, which is not the one read here')
+    of = _held(path, 'segmentsFile', _SEGMENTS)
+    if not str(of).endswith(_SEGMENTS): raise SceneError(f'{path.name} speaks of the segments in {of}, not of those in {folder.name}{_SEGMENTS}')
+    out: dict[int, tuple[list[int], str]] = {}
+    for group in _held(path, 'segGroups'):
+        number, segments, label = _group(group, path.name, out, most)
+        out[number] = segments, label
+    return out
 
 def read_objects(
     folder:str|Path, # of one scan
     scene:Scene, # from `read_scene`
-) -> Instances: # the true objects, by their number
-    "The annotated objects of a scan; raises SceneError where files are missing or not of this mesh."
-    folder = Path(folder)
-    segments = np.asarray(_held(folder/f'{folder.name}_vh_clean_2.0.010000.segs.json', 'segIndices'))
-    found = [folder/f'{folder.name}{middle}.aggregation.json' for middle in ('', '_vh_clean')]
-    groups = _held(next((p for p in found if p.is_file()), found[0]), 'segGroups')
-    rows = np.arange(len(scene.mesh.points)) if scene.rows is None else scene.rows
-    if len(segments) != rows.max() + 1: raise SceneError(f'{folder.name}: {len(segments)} segments for {rows.max() + 1} points, so they are of another mesh')
-    total = max((int(g['objectId']) for g in groups), default=-1) + 1
-    masks, labels = [np.arange(0)]*total, ['']*total
-    for group in groups:
-        i = int(group['objectId'])
-        masks[i], labels[i] = np.flatnonzero(np.isin(segments[rows], group['segments'])), str(group['label'])
-    return Instances(tuple(masks), tuple(labels))
+) -> Instances: # the true objects, by their number, on the mesh
+    "The annotated objects of a scan; raises SceneError where files are missing, wrong or not of this mesh."
+    folder = Path(os.path.abspath(folder))
+    segments = np.asarray(_held(path := folder/f'{folder.name}{_SEGMENTS}', 'segIndices'), object)
+    if segments.ndim != 1 or any(type(v) is not int for v in segments): raise SceneError(f'{path.name}: segIndices is not a list of numbers')
+    n = len(scene.mesh.points) if scene.rows is None else int(scene.rows.max()) + 1
+    if len(segments) != n: raise SceneError(f'{folder.name}: {len(segments)} segments for {n} points, so they are of another mesh')
+    groups, segments = _groups(folder, n), segments.astype(np.int64)
+    of = [groups.get(i, ([], '')) for i in range(max(groups, default=-1) + 1)]
+    masks = tuple(np.flatnonzero(np.isin(segments, own)) for own, _ in of)
+    return on_mesh(scene, Instances(masks, tuple(label for _, label in of)))
 
 # %% ../../nbs/gpt4scene/scannet.ipynb #1ac7a9f4
 def write_scan(

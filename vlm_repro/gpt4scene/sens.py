@@ -113,16 +113,18 @@ class Sens:
     ) -> Image.Image:
         "The colours of a frame; raises SceneError where they cannot be decoded."
         data, size = self._bytes(i, 0), self.header.colour_size
-        try: return Image.frombytes('RGB', size, data) if self.header.colours == 'raw' else Image.open(io.BytesIO(data)).convert('RGB')
+        try: image = Image.frombytes('RGB', size, data) if self.header.colours == 'raw' else Image.open(io.BytesIO(data)).convert('RGB')
         except (OSError, ValueError) as e: raise SceneError(f'{self.path.name}: the colours of frame {i} cannot be decoded ({e})') from e
+        if image.size != size: raise SceneError(f'{self.path.name}: frame {i} is {image.size[0]}x{image.size[1]}, its header says {size[0]}x{size[1]}, which its camera is for')
+        return image
 
     def depth(self,
         i:int, # frame, from 0
     ) -> np.ndarray: # (h, w) metres, 0 where unknown
-        "The depth of a frame; raises SceneError where it cannot be unpacked."
+        "The depth of a frame, never more bytes than it has pixels for; raises SceneError where it cannot be unpacked."
         data, (w, h) = self._bytes(i, 1), self.header.depth_size
         try:
-            raw = zlib.decompress(data) if self.header.depths == 'zlib' else data
+            raw = zlib.decompressobj().decompress(data, 2*w*h + 1) if self.header.depths == 'zlib' else data
             return np.frombuffer(raw, '<u2').reshape(h, w).astype(np.float32)/self.header.depth_shift
         except (zlib.error, ValueError) as e: raise SceneError(f'{self.path.name}: the depth of frame {i} cannot be unpacked ({e})') from e
 
