@@ -11,6 +11,7 @@ from vlm_repro.core.jsonl import DataError
 from vlm_repro.core.records import Answer
 from vlm_repro.gpt4scene.annotations import CORPUS, FILES, LOOKUP
 from vlm_repro.gpt4scene.attributes import OBJECTS, PROPOSALS, attributes_of, read_attributes, write_attributes
+from vlm_repro.gpt4scene.build import build_validation
 from vlm_repro.gpt4scene.check import check
 from vlm_repro.gpt4scene.chunks import chunk_ranges, read_chunks, read_predictions, write_chunks
 from vlm_repro.gpt4scene.data import LISTED, choose, load, official, parse_benchmarks
@@ -119,7 +120,7 @@ def test_names_of_scanrefer_that_are_none_are_refused(tmp_path):
     columns = ['id', 'raw_category', 'category', 'count', 'nyu40id', 'eigen13id', 'nyuClass', 'nyu40class']
     write(folder/LABELS, '\t'.join(columns) + '\n' + '\t'.join(['1', 'chair', '', '', '', '', '', 'chair']) + '\n')
     described = write(folder/REFERRED[0], [{'scene_id': 's', 'object_id': '0', 'object_name': None}])
-    with pytest.raises(DataError, match='row 0: no texts scene_id and object_name'): load(root, 'scanrefer')
+    with pytest.raises(DataError, match='row 0: no texts as scene_id and object_name'): load(root, 'scanrefer')
     write(described, [{'scene_id': 's', 'object_id': '0', 'object_name': 'chair'}])
     assert truth(root, ('scanrefer',)).lookup == {'s': {'0': 0}}
     write(described, [{'scene_id': 's', 'object_id': i, 'object_name': 'chair'} for i in '01'])
@@ -293,6 +294,47 @@ def test_the_check_takes_one_of_several_lists(tmp_path):
     report = check(root)
     assert {('scanqa', 'rows', 2), ('images', 'list that rows are looked up in', 'selected_images_mark_3D_val_4.json')} <= {(r.split, r.what, r.found) for r in report.rows}
     assert [(p.label, p.where) for p in report.problems if p.dropped] == [('unusable', 'selected_images_broken_val_4.json')]
+
+
+# raw datasets
+
+def raw_root(tmp_path, **files):
+    folder, raw = make_root(tmp_path)/'evaluate/annotation', tmp_path/'raw'
+    names = {'scanrefer': 'ScanRefer_filtered_val.json', 'scanqa': 'ScanQA_v1.0_val.json', 'multi3dref': 'multi3drefer_val.json'}
+    for name, held in files.items(): write(raw/names[name], held)
+    write(raw/LABELS, '\t'.join(['id', 'raw_category', 'category', 'count', 'nyu40id', 'eigen13id', 'nyuClass', 'nyu40class']) + '\n')
+    return raw, folder
+
+
+REFERS = {'scene_id': 's', 'object_id': '1', 'object_name': 'chair', 'ann_id': '0', 'description': 'this is a chair.', 'token': ['this', 'is']}
+
+
+@pytest.mark.parametrize('change, rows, corpus, groups, first', [
+    ({}, 2, 2, 1, None), ({'object_id': 'x'}, 1, 1, 1, 'no_object'), ({'description': None}, 1, 1, 1, 'bad_record'), ({'object_name': None}, 2, 2, 1, 'bad_record'), ({'object_id': [1]}, 1, 1, 1, 'bad_record'),
+    ({'token': [1, 2]}, 2, 1, 1, 'bad_record'), ({'token': None}, 2, 2, 1, None)])
+def test_a_bad_description_is_named_wherever_it_is_used(tmp_path, change, rows, corpus, groups, first):
+    raw, folder = raw_root(tmp_path, scanrefer=[REFERS, {**REFERS, **change}])
+    built = build_validation(raw, folder)
+    assert [p.label for p in built.problems if p.label != 'absent'][:1] == ([first] if first else [])
+    assert built.counts[FILES['scanrefer']] == rows and built.counts[LOOKUP] == groups
+    assert sum(map(len, json.loads((folder/CORPUS).read_text()).values())) == corpus
+    assert len(set(built.problems)) == len(built.problems)
+
+
+@pytest.mark.parametrize('change, label', [({'object_ids': ['x']}, 'bad_record'), ({'object_ids': '12'}, 'bad_record'), ({'object_ids': {'1': 0}}, 'bad_record'), ({'answers': []}, 'no_answer'), ({'answers': [3]}, 'bad_record')])
+def test_a_bad_question_is_named_and_the_rest_can_be_loaded(tmp_path, change, label):
+    good = {'scene_id': 's', 'question': 'What is it?', 'answers': ['a chair'], 'object_ids': [1]}
+    raw, folder = raw_root(tmp_path, scanqa=[{**good, **change}, good])
+    built = build_validation(raw, folder)
+    assert [p.label for p in built.problems if p.label != 'absent'] == [label] and built.counts[FILES['scanqa']] == 1
+    assert not load(tmp_path, 'scanqa').problems
+
+
+def test_a_description_of_several_needs_its_type(tmp_path):
+    good = {'scene_id': 's', 'object_ids': [1], 'description': 'the chair.', 'eval_type': 'st_w_d'}
+    raw, folder = raw_root(tmp_path, multi3dref=[{k: v for k, v in good.items() if k != 'eval_type'}, good])
+    built = build_validation(raw, folder)
+    assert [(p.label, p.where) for p in built.problems if p.label != 'absent'] == [('bad_record', 'Multi3DRefer annotation 0')] and len(load(tmp_path, 'multi3dref').samples) == 1
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -20,12 +20,12 @@ from ..core.jsonl import DataError, Problem
 from ..core.worlds import write_whole
 from .annotations import CORPUS, FILES, LOOKUP, read_image_list, read_json
 from .attributes import OBJECTS, PROPOSALS, read_attributes
-from .build_rows import ROWS, TOLD, Sources, Told, captions_corpus, joined_sqa3d
+from .build_rows import ROWS, TOLD, Sources, Told, captioned, captions_corpus, joined_sqa3d
 from .build_texts import Templates
 from .rows import BENCHMARKS
 from .scanalign import IMAGE_TAG, INFO, Keys, info_entry
 from .score_grounding import scene_boxes, unique_lookup
-from .truth import LABELS, read_nyu40
+from .truth import LABELS, nameable, read_nyu40
 
 # %% ../../nbs/gpt4scene/build.ipynb #c3f7d4cc
 RAW: Mapping[str, tuple[str, ...]] = { # benchmark → its files, `{}` the split
@@ -101,21 +101,22 @@ def build_validation(
         problems += [r for r in made if isinstance(r, Problem)]
         _dump(folder/name, rows)
         counts[name] = len(rows)
-    return Built(counts | _beside(raw, folder), tuple(problems))
+    beside, odd = _beside(raw, folder)
+    return Built(counts | beside, tuple(problems + [p for p in odd if p not in problems]))
 
-def _beside(raw:Path, folder:Path) -> dict[str, int]:
+def _beside(raw:Path, folder:Path) -> tuple[dict[str, int], list[Problem]]:
     described = {split: read_raw(raw, 'scanrefer', split) for split in SPLITS}
-    counts = {}
+    counts, problems = {}, []
     if described['val']:
-        corpus = captions_corpus([a for a in described['val'] if isinstance(a, dict) and {'scene_id', 'object_id', 'description'} <= a.keys()])
-        _dump(folder/CORPUS, corpus)
+        good, problems = captioned(described['val'])
+        _dump(folder/CORPUS, corpus := captions_corpus(good))
         counts[CORPUS] = len(corpus)
     labels = find_raw(raw, LABELS)
-    named = [a for annos in described.values() for a in annos or () if isinstance(a, dict) and {'scene_id', 'object_id', 'object_name'} <= a.keys()]
     if labels and described['val']:
-        _dump(folder/LOOKUP, lookup := unique_lookup(named, read_nyu40(labels)))
+        problems += [Problem('bad_record', f'ScanRefer annotation {i} of {split}', f'no texts as scene_id and object_name, or no number as object_id; left out of {LOOKUP}') for split, annos in described.items() for i, a in enumerate(annos or ()) if not nameable(a)]
+        _dump(folder/LOOKUP, lookup := unique_lookup([a for annos in described.values() for a in annos or () if nameable(a)], read_nyu40(labels)))
         counts[LOOKUP] = sum(map(len, lookup.values()))
-    return counts
+    return counts, problems
 
 # %% ../../nbs/gpt4scene/build.ipynb #11a0fe8a
 def record_of(

@@ -6,8 +6,8 @@ Docs: https://vlm-repro.github.io/vlm_repro/gpt4scene/build_rows.html.md"""
 
 # %% auto #0
 __all__ = ['LEAST', 'Rows', 'Tolds', 'ROWS', 'TOLD', 'Told', 'Sources', 'scanrefer_rows', 'scanrefer_told', 'multi3dref_rows',
-           'stands_for', 'multi3dref_told', 'scan2cap_rows', 'scan2cap_told', 'captions_corpus', 'scanqa_rows',
-           'scanqa_told', 'joined_sqa3d', 'sqa3d_rows', 'sqa3d_told']
+           'stands_for', 'multi3dref_told', 'scan2cap_rows', 'scan2cap_told', 'captioned', 'captions_corpus',
+           'scanqa_rows', 'scanqa_told', 'joined_sqa3d', 'sqa3d_rows', 'sqa3d_told']
 
 # %% ../../nbs/gpt4scene/build_rows.ipynb #4f6b9019
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -115,8 +115,9 @@ def multi3dref_rows(
 ) -> Rows: # in the order of the file
     "Validation rows (source: spec section 1.4)."
     def row(anno:Any) -> Iterator[dict[str, Any]]:
+        _need(anno, eval_type=str)
         scene, numbers, prompt = _described(anno, sources)
-        yield {'scene_id': scene, 'obj_id': 0, 'prompt': prompt, 'ref_captions': numbers, 'eval_type': anno.get('eval_type', '')}
+        yield {'scene_id': scene, 'obj_id': 0, 'prompt': prompt, 'ref_captions': numbers, 'eval_type': anno['eval_type']}
     return _numbered(_each(annos, 'Multi3DRefer', row))
 
 def stands_for(
@@ -179,6 +180,18 @@ def scan2cap_told(
         for i, (k, meets) in _assigned(objects, sources.scenes[scene]).items():
             if meets >= LEAST: yield from (Told('scan2cap', scene, _asked(sources, scene, k, a['description']), capitalised(a['description'])) for a in objects[i])
 
+def captioned(
+    annos:Sequence[Any], # of ScanRefer's file
+) -> tuple[list[Mapping[str, Any]], list[Problem]]: # those a corpus is made of, and what is wrong with the others
+    "The annotations whose captions can be compared with."
+    def keep(anno:Any) -> Iterator[Any]:
+        _need(anno, scene_id=str, object_id=(str, int), description=str)
+        if not str(anno['object_id']).isdecimal(): raise _Unusable('no_object', f'object_id is {anno["object_id"]!r:.60}')
+        if odd := [w for w in anno.get('token') or () if not isinstance(w, str)]: raise _Unusable('bad_record', f'token holds {odd[0]!r:.60}, which is no word')
+        yield anno
+    got = list(_each(annos, 'ScanRefer', keep))
+    return [g for g in got if not isinstance(g, Problem)], [g for g in got if isinstance(g, Problem)]
+
 def captions_corpus(
     annos:Sequence[Mapping[str, Any]], # of ScanRefer's file
     marks:bool=True, # between `sos` and `eos`, as the scorer expects
@@ -193,9 +206,13 @@ def captions_corpus(
 # %% ../../nbs/gpt4scene/build_rows.ipynb #7ce24345
 def _answers(answers:Sequence[str]) -> list[str]: return [short_answer(a) for i, a in enumerate(answers) if not i or a != answers[i - 1]]
 
+def _answered(anno:Any) -> None:
+    if not anno['answers']: raise _Unusable('no_answer', 'its list of answers is empty')
+    if bad := [a for a in anno['answers'] if not isinstance(a, str)]: raise _Unusable('bad_record', f'the answer {bad[0]!r:.60} is no text')
+
 def _question(anno:Any, sources:Sources) -> str:
     _need(anno, scene_id=str, question=str, answers=list)
-    if bad := [a for a in anno['answers'] if not isinstance(a, str)]: raise _Unusable('bad_record', f'the answer {bad[0]!r} is no text')
+    _answered(anno)
     return worded(sources.words.question, sources.seed, ['scanqa', anno['scene_id'], anno['question']], question=anno['question'])
 
 def scanqa_rows(
@@ -204,8 +221,9 @@ def scanqa_rows(
 ) -> Rows: # in the order of the file
     "Validation rows (source: spec section 1.4)."
     def row(anno:Any) -> Iterator[dict[str, Any]]:
-        prompt = _question(anno, sources)
-        yield {'scene_id': anno['scene_id'], 'obj_id': int(next(iter(anno.get('object_ids') or [0]))), 'prompt': prompt, 'ref_captions': list(anno['answers'])}
+        prompt, numbers = _question(anno, sources), anno.get('object_ids') or [0]
+        if not isinstance(numbers, list) or not all(str(n).isdecimal() for n in numbers): raise _Unusable('bad_record', f'object_ids is {numbers!r:.60}')
+        yield {'scene_id': anno['scene_id'], 'obj_id': int(numbers[0]), 'prompt': prompt, 'ref_captions': list(anno['answers'])}
     return _numbered(_each(annos, 'ScanQA', row))
 
 def scanqa_told(
@@ -221,6 +239,7 @@ def scanqa_told(
 # %% ../../nbs/gpt4scene/build_rows.ipynb #1222ec90
 def _situated(anno:Any, sources:Sources) -> tuple[str, str]:
     _need(anno, scene_id=str, question=str, situation=str, answers=list)
+    _answered(anno)
     about = ['sqa3d', anno['scene_id'], anno.get('question_id', ''), anno['question']]
     situations = [anno['situation'], *(s for s in anno.get('alternative_situation') or [] if isinstance(s, str))]
     situation = drawn(situations, sources.seed, [*about, 'situation'])

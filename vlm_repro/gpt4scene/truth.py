@@ -57,7 +57,7 @@ def nameable(
     anno:Any, # of ScanRefer's file
 ) -> bool: # scene, object and name are there, and of their types
     "Whether an annotation can be counted for the groups."
-    return isinstance(anno, dict) and all(isinstance(anno.get(name), kind) for name, kind in (('scene_id', str), ('object_id', (str, int)), ('object_name', str)))
+    return isinstance(anno, dict) and all(isinstance(anno.get(name), str) for name in ('scene_id', 'object_name')) and str(anno.get('object_id')).isdecimal()
 
 def find_lookup(
     folder:Path, # of the annotation files
@@ -67,7 +67,7 @@ def find_lookup(
     labels, referred = _beside(folder, [LABELS]), _beside(folder, REFERRED)
     if labels is None or referred is None: return None
     rows = read_json(referred, list)
-    if bad := [i for i, r in enumerate(rows) if not nameable(r)]: raise DataError(f'{referred.name} row {bad[0]}: no texts scene_id and object_name, and object_id')
+    if bad := [i for i, r in enumerate(rows) if not nameable(r)]: raise DataError(f'{referred.name} row {bad[0]}: no texts as scene_id and object_name, or no number as object_id')
     return unique_lookup(rows, read_nyu40(labels))
 
 # %% ../../nbs/gpt4scene/truth.ipynb #40f849e5
