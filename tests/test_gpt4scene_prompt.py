@@ -15,6 +15,7 @@ from vlm_repro.gpt4scene.lengths import PictureCounter, tally, token_lengths
 from vlm_repro.gpt4scene.prompt import ZERO_SHOT, PromptSettings, read_texts, render
 from vlm_repro.gpt4scene.recipes import SOURCES, differences
 from vlm_repro.gpt4scene.rows import BENCHMARKS, sample_of, val_row
+from vlm_repro.gpt4scene.task import Gpt4SceneSettings, prompt_settings
 from vlm_repro.gpt4scene.train_data import conversations, described, find_training
 from vlm_repro.gpt4scene.views import view_path
 from vlm_repro.gpt4scene.world import list_name, training_name
@@ -137,6 +138,22 @@ def test_a_zero_shot_prompt_explains_what_it_shows(folder, media, tmp_path):
         assert [p['type'] for p in user['content']] == ['image', 'image', 'text'] and ZERO_SHOT['instructions'][benchmark] in user['content'][-1]['text']
     system, user = render(ask('scanqa', fewer_frames(media, 8)), folder/'data', PromptSettings(zero_shot=True, bev=False), grid=grid).messages
     assert 'from above' not in system['content'][0]['text'] and [p['type'] for p in user['content']] == ['image', 'text']
+
+
+@pytest.mark.parametrize('bev', [True, False])
+def test_a_zero_shot_prompt_speaks_of_numbers_only_where_some_are_drawn(folder, media, bev):
+    grid = {'type': 'image', 'image': 'x.png'}
+    for benchmark in BENCHMARKS:
+        texts = {}
+        for marks in (True, False):
+            system, user = render(ask(benchmark, media), folder/'data', PromptSettings(zero_shot=True, bev=bev, marks=marks), grid=grid).messages
+            texts[marks] = system['content'][0]['text'], user['content'][-1]['text']
+        assert 'A number is drawn on every object' in texts[True][0] and texts[True][0].startswith(texts[False][0])
+        assert 'number' not in texts[False][0] and 'mark' not in texts[False][1] and ('from above' in texts[False][0]) == bev
+
+
+def test_the_setting_of_a_run_reaches_its_prompt():
+    for marks in (True, False): assert prompt_settings(Gpt4SceneSettings(marks=marks)).marks is marks
 
 
 def test_texts_of_the_reader_make_a_prompt_verbatim_where_they_are_whole(folder, media, tmp_path):
