@@ -25,6 +25,7 @@ from ..mmwalk.world import frame_rng
 from . import build_rows, build_texts, marks, questions, render, rooms, space, views
 from .annotations import CORPUS, FILES, LOOKUP
 from .attributes import OBJECTS, PROPOSALS, attributes_of, write_attributes
+from .build import record_of
 from .build_rows import ROWS, TOLD, Sources, Told, captions_corpus
 from .build_texts import Templates
 from .marks import MarkStyle
@@ -113,11 +114,10 @@ def sources_of(
 def told_of(
     scan:Scanned, # of the training rooms
     seed:int,
-) -> list[tuple[str, str]]: # prompt and answer
+) -> list[Told]: # one a conversation
     "The conversations about a room; of several wordings of an answer the first is taught."
     annotations = annotations_of([replace(scan, asked=tuple(replace(a, answers=a.answers[:1]) for a in scan.asked))])
-    made = [t for task, tell in TOLD.items() for t in tell(annotations[task], sources_of([scan], seed))]
-    return [(t.prompt, t.answer) for t in made if isinstance(t, Told)]
+    return [t for task, tell in TOLD.items() for t in tell(annotations[task], sources_of([scan], seed)) if isinstance(t, Told)]
 
 # %% ../../nbs/gpt4scene/world.ipynb #753ac668
 ARMS = {'mark_3D': (True, True), '3D': (False, True), 'mark': (True, False), '': (False, False)} # name → numbers, top view
@@ -148,14 +148,14 @@ def write_validation(root:Path, seed:int, scans:Sequence[Scanned]) -> dict[str, 
         write_attributes(folder/name, {s.scene.name: attributes_of(of(s).labels, boxes(s.scene, of(s))) for s in scans})
     return counts
 
-def write_training(root:Path, seed:int, frames:int, told:Sequence[tuple[str, list[tuple[str, str]]]], lists:Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+def write_training(root:Path, seed:int, frames:int, told:Sequence[tuple[str, Sequence[Told]]], lists:Mapping[str, Mapping[str, Sequence[str]]]) -> None:
     "The training files of all arms, and LLaMA-Factory's list of them."
     info = {}
     for arm in ARMS:
         name, records = training_name(arm, frames), []
         for scene, pairs in told:
             paths = [f'images_2D/{p}' for p in lists[arm][scene]]
-            records += [{'conversations': [{'from': 'human', 'value': '<image>'*len(paths) + prompt}, {'from': 'gpt', 'value': answer}], 'images': paths} for prompt, answer in pairs]
+            records += [record_of(one, paths) for one in pairs]
         order = frame_rng('gpt4scene training', seed).permutation(len(records))
         _json(root/DATA/name, [records[i] for i in order], None)
         info[name.removesuffix('.json')] = info_entry(name)
