@@ -80,7 +80,16 @@ class Measured:
 
     def __repr__(self) -> str: return f'Measured({self.source.task} {self.source.split}: {len(self.lengths)} of {len(self.examples)} examples)'
 
-def _length(preparer:Preparer, example:Example, counter:VisualCounter, recipe:Recipe) -> Lengths|Lost:
+_BROKEN = (ValueError, LookupError, TypeError, OSError)
+
+def _read(examples:Sequence[Example], i:int) -> Example|Lost:
+    "An example, or that its record is broken: a sequence may make its conversations when they are asked for."
+    try: return examples[i]
+    except MediaError as e: return Lost(f'example {i}', 'media', str(e))
+    except _BROKEN as e: return Lost(f'example {i}', 'unusable', f'{type(e).__name__}: {e}')
+
+def _length(preparer:Preparer, example:Example|Lost, counter:VisualCounter, recipe:Recipe) -> Lengths|Lost:
+    if isinstance(example, Lost): return example
     try: found = measure_example(preparer, example, counter, recipe.mask)
     except Dropped as e: return Lost(e.id, 'unusable', e.why)
     except MediaError as e: return Lost(example.id, 'media', str(e))
@@ -101,7 +110,7 @@ class _Lengths(Data):
 
     def __len__(self) -> int: return len(self.examples)
 
-    def __getitem__(self, i:int) -> Lengths|Lost: return _length(self.preparer, self.examples[i], self.counter, self.recipe)
+    def __getitem__(self, i:int) -> Lengths|Lost: return _length(self.preparer, _read(self.examples, i), self.counter, self.recipe)
 
 def measure_source(
     source:Source, # of the recipe
@@ -180,7 +189,8 @@ def marks_of(
     examples:Sequence[Example], # of a source
 ) -> Marks: # id and mark, in their order
     "The marks of all examples."
-    return tuple((e.id, mark_of(e)) for e in examples)
+    held = (_read(examples, i) for i in range(len(examples)))
+    return tuple((e.id, digest([e.id, e.why]) if isinstance(e, Lost) else mark_of(e)) for e in held)
 
 def difference(
     held:Sequence[Sequence[str]], # marks, as they were
