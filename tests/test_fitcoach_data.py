@@ -170,9 +170,11 @@ def test_odd_sessions_are_used_and_named(tmp_path):
 
 def test_modes(tmp_path):
     root = root_with(tmp_path)
-    (whole,), parts = load(root, mode='full_workout').samples, load(root, mode='full_workout_sliding_window', window=10).samples
-    assert whole.id == '0006' and len(json.loads(whole.gold)) == 5 and [t for p in parts for t in json.loads(p.gold)] == json.loads(whole.gold)
-    assert float(whole.meta['start']) == float(parts[0].meta['start']) and float(whole.meta['end']) == float(parts[-1].meta['end'])
+    (whole,), (slid,) = load(root, mode='full_workout').samples, load(root, mode='full_workout_sliding_window', window=10).samples
+    assert whole.id == slid.id == '0006' and len(json.loads(whole.gold)) == 5 and slid.gold == whole.gold and slid.meta['seconds'] == whole.meta['seconds']
+    windows = json.loads(slid.meta['windows'])
+    assert len(windows) > 1 and windows[0][0] == float(whole.meta['start']) and windows[-1][1] == float(whole.meta['end'])
+    assert [end for _, end in windows[:-1]] == [start for start, _ in windows[1:]]
     with pytest.raises(ValueError, match='mode'): load(root, mode='both')
 
 

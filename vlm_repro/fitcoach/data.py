@@ -58,12 +58,18 @@ def label_file(
 # %% ../../nbs/fitcoach/data.ipynb #ed399f62
 def _plain(path:str) -> str: return str(PurePosixPath(path))
 
-def _sample(held:Session|Challenge, clip:Clip, names:Sequence[str], mode:str, split:str) -> Sample:
+def _sample(held:Session|Challenge, clip:Clip, names:Sequence[str], mode:str, split:str, **more:str) -> Sample:
     features, times = map(_plain, feature_paths(held.video, held.clock))
-    id = held.id if mode == 'full_workout' else f'{held.id}/{clip.number}'
+    id = f'{held.id}/{clip.number}' if mode == 'single_exercise' else held.id
     meta = {'video': held.id, 'mode': mode, 'split': split, 'number': str(clip.number), 'exercise': clip.exercise, 'exercises': json.dumps(list(names), ensure_ascii=False), 'start': repr(clip.start), 'end': repr(clip.end),
-            'seconds': json.dumps(list(clip.seconds)), 'clock': _plain(held.clock), 'features': features, 'feature_times': times}
+            'seconds': json.dumps(list(clip.seconds)), 'clock': _plain(held.clock), 'features': features, 'feature_times': times, **more}
     return Sample(id, (MediaRef(_plain(held.video), 'video', held.id),), clip.exercise or ', '.join(names), json.dumps(list(clip.texts), ensure_ascii=False), meta)
+
+def _of_windows(held:Session, windows:Sequence[Clip], split:str) -> Sample:
+    "A workout with the bounds of its windows."
+    texts, seconds = (tuple(x for w in windows for x in part(w)) for part in (lambda w: w.texts, lambda w: w.seconds))
+    whole = Clip(0, '', windows[0].start, windows[-1].end, texts, seconds)
+    return _sample(held, whole, exercises(held.spans), 'full_workout_sliding_window', split, windows=json.dumps([[w.start, w.end] for w in windows]))
 
 def _of_session(held:Session, folder:Path, mode:str, split:str, window:float, where:str) -> Iterator[Sample | Problem]:
     try:
@@ -73,7 +79,8 @@ def _of_session(held:Session, folder:Path, mode:str, split:str, window:float, wh
     except DataError as e: yield Problem('bad_clock', where, str(e)); return
     if len(times) != held.n_frames: yield Problem('frames_differ', where, f'{held.n_frames} frames with a text and {len(times)} times; the texts decide', False)
     yield from (Problem(label, where, detail, False) for label, detail in oddities(held, times))
-    yield from (_sample(held, c, exercises(held.spans), mode, split) for c in clips)
+    if mode == 'full_workout_sliding_window': yield _of_windows(held, clips, split)
+    else: yield from (_sample(held, c, exercises(held.spans), mode, split) for c in clips)
 
 def _of_challenge(held:Challenge, folder:Path, where:str) -> Iterator[Sample | Problem]:
     try: times = read_clock(folder/held.clock, 'seconds')
