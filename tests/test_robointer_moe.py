@@ -9,9 +9,10 @@ import pytest
 import torch
 from train_toy import FULL, losses, toy_recipe
 
+from vlm_repro.models.checkpoint import read_config
 from vlm_repro.models.families import FAMILIES, random_checkpoint
 from vlm_repro.models.qwen25_moe import FORMS, MoeBlock, Qwen2_5_VLMoeForConditionalGeneration, Qwen2_5_VLMoeTextConfig, add_experts, has_experts, load_balance
-from vlm_repro.models.transformers import load_net, read_config
+from vlm_repro.models.transformers import load_net
 from vlm_repro.train.loop import fine_tune
 
 SMALL = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}

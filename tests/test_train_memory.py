@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from train_toy import FULL, toy_recipe
 
+from vlm_repro.models.checkpoint import read_config
 from vlm_repro.models.families import random_checkpoint
-from vlm_repro.models.transformers import read_config
 from vlm_repro.train.batches import Collator
 from vlm_repro.train.data import pool
 from vlm_repro.train.feed import Feed

@@ -47,7 +47,7 @@ def convert(
     from tqdm import tqdm
 
     from vlm_repro.models import convert as conversion
-    from vlm_repro.models.transformers import checkpoint_folder
+    from vlm_repro.models.checkpoint import checkpoint_folder
     with tqdm(unit='file', disable=None, leave=False) as bar:
         def tell(done:int, of:int, name:str) -> None:
             bar.total, bar.n = of, done
@@ -71,8 +71,8 @@ def inspect(
     typer.echo(str(inspect_model(_folder(model, tiny, trust_remote_code), trust_remote_code)))
 
 def _folder(model:str, tiny:str, code:bool) -> str:
+    from vlm_repro.models.checkpoint import checkpoint_folder
     from vlm_repro.models.protocol import parse_spec, tiny_checkpoint
-    from vlm_repro.models.transformers import checkpoint_folder
     spec = parse_spec(model)
     if spec.kind == 'tiny': return str(tiny_checkpoint(tiny))
     if spec.kind != 'local': raise ValueError(f'{model} is a server: a folder or a hub id can be inspected')

@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from ..core.text import columns
-from ..models.transformers import read_config
+from ..models.checkpoint import read_config
 from .batches import Collator
 from .data import Lost, Pool, pool, set_aside
 from .feed import Feed, render_or_lose

@@ -20,9 +20,10 @@ from PIL import Image, ImageDraw
 
 from ..core.records import Generation, Request
 from ..core.text import columns
+from ..models.checkpoint import checkpoint_folder, has_eyes, read_config
 from ..models.inputs import Preparer, load_preparer
 from ..models.protocol import Model, ModelError, load_model, parse_spec, tiny_checkpoint
-from ..models.transformers import DTYPES, add_adapter, checkpoint_folder, has_eyes, load_net, read_config
+from ..models.transformers import DTYPES, add_adapter, load_net
 from .checkpoints import begin, put
 
 # %% ../../nbs/train/export.ipynb #5efa2e26

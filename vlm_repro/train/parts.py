@@ -23,7 +23,7 @@ import transformers as hf
 from torch import nn
 
 from ..core.text import columns
-from ..models.transformers import has_eyes, read_config
+from ..models.checkpoint import has_eyes, read_config
 
 # %% ../../nbs/train/parts.ipynb #a12355b1
 PARTS = ('vision', 'projector', 'language_model', 'embeddings', 'head')

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..models.checkpoint import checkpoint_folder, has_eyes, read_config, require_files
 from ..models.inputs import Preparer, load_preparer, set_budget
 from ..models.protocol import parse_spec, tiny_checkpoint
-from ..models.transformers import checkpoint_folder, has_eyes, load_net, read_config, require_files
+from ..models.transformers import load_net
 from .parts import freeze, lora_targets
 from .recipe import PARTS, Lora, Recipe, RecipeError
 
