@@ -19,10 +19,10 @@ from typing import Any
 from ..core.media import resolve
 from ..core.records import Request, Sample
 from ..core.tasks import one_of
+from ..train.render import Example
 from .annotations import ShortClip, feature_paths
 from .data import load_short
 from .prompt import OWN, system_text
-from ..train.render import Example
 
 # %% ../../nbs/fitcoach/train_examples.ipynb #28d6fc9c
 def _said(texts:Sequence[str], times:Sequence[float]) -> dict[str, Any]:
