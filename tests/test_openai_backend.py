@@ -66,6 +66,19 @@ def test_images_and_turns_arrive_unchanged(chat, bodies, picture):
     assert bodies[-1]['temperature'] == 0 and bodies[-1]['seed'] == 0 and bodies[-1]['max_tokens'] == 16
 
 
+def test_decoding_is_sent_by_name_and_own_is_not(chat, bodies):
+    ask(chat, [text('a')], temperature=.7, top_p=.9, top_k=20, repetition_penalty=1., seed=5)
+    assert {k: bodies[-1].get(k) for k in ('temperature', 'top_p', 'top_k', 'repetition_penalty', 'seed')} == {'temperature': .7, 'top_p': .9, 'top_k': 20, 'repetition_penalty': None, 'seed': 5}
+    ask(chat, [text('a')], temperature='own', top_p='own', seed=None)
+    assert not {'temperature', 'top_p', 'seed', 'continue_final_message'} & bodies[-1].keys()
+
+
+def test_a_begun_reply_is_sent_to_be_written_on(chat, bodies):
+    asked = text('a')
+    ask(chat, [Request('a', [*asked.messages, {'role': 'assistant', 'content': [{'type': 'text', 'text': '<think>'}]}], 'ours')])
+    assert bodies[-1]['messages'][-1] == {'role': 'assistant', 'content': '<think>'} and bodies[-1]['continue_final_message'] and bodies[-1]['add_generation_prompt'] is False
+
+
 def test_a_rotated_photograph_is_sent_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -201,7 +214,7 @@ def test_the_environment_does_not_move_the_server(chat, monkeypatch):
     with pytest.raises(ModelError, match='OPENAI_API_KEY'): load_model('openai:gpt-4o')
 
 
-@pytest.mark.parametrize('options', [{'top_p': 1}, {'token_field': 'limit'}, {'detail': 'huge'}, {'concurrency': 0}])
+@pytest.mark.parametrize('options', [{'top_q': 1}, {'top_p': 2}, {'temperature': 'hot'}, {'token_field': 'limit'}, {'detail': 'huge'}, {'concurrency': 0}])
 def test_bad_options_are_refused(options):
     with pytest.raises(ModelError): load_model('openai:m@http://127.0.0.1:9/v1', **options)
 

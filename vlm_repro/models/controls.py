@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.parts import part_size
-from ..core.records import Request
+from ..core.records import Request, begun_reply
 
 # %% ../../nbs/models/controls.ipynb #e15b085c
 GREY = (128, 128, 128) # of every pixel of a blank image
@@ -44,18 +44,18 @@ def swapped(
     other:Request, # whose last turn lends its images
 ) -> Request: # the question about the other's images
     "The request with the images of its last turn taken from another one; raises ValueError where their numbers differ."
-    lent = [p for p in other.messages[-1]['content'] if _is_image(p)]
-    own = [p for p in request.messages[-1]['content'] if _is_image(p)]
+    asked, shown = begun_reply(request.messages)[0], begun_reply(other.messages)[0][-1]
+    lent, own = ([p for p in turn['content'] if _is_image(p)] for turn in (shown, asked[-1]))
     if len(lent) != len(own): raise ValueError(f'{request.id} has {len(own)} images in its last turn, {other.id} has {len(lent)}')
     images = iter(lent)
-    last = {**request.messages[-1], 'content': [next(images) if _is_image(p) else p for p in request.messages[-1]['content']]}
-    return replace(request, messages=[*request.messages[:-1], last])
+    last = {**asked[-1], 'content': [next(images) if _is_image(p) else p for p in asked[-1]['content']]}
+    return replace(request, messages=[*asked[:-1], last, *request.messages[len(asked):]])
 
 def shuffled(
     requests:Sequence[Request], # of a run, neighbours about the same scene
 ) -> list[Request]: # each with the images of one half a run away
     "Every request with the images of another; the partners are fixed. A partner with another number of images is passed over."
     n, half = len(requests), len(requests)//2
-    def count(r:Request) -> int: return sum(map(_is_image, r.messages[-1]['content']))
+    def count(r:Request) -> int: return sum(map(_is_image, begun_reply(r.messages)[0][-1]['content']))
     def partner(i:int) -> Request: return next((r for k in range(n - 1) if count(r := requests[(i + half + k) % n]) == count(requests[i]) and r is not requests[i]), requests[i])
     return [swapped(r, partner(i)) for i, r in enumerate(requests)]

@@ -24,7 +24,7 @@ from transformers.utils import is_torchvision_available
 
 from ..core.media import MediaError, pixel_hash
 from ..core.parts import open_parts, part_size
-from ..core.records import Messages, digest
+from ..core.records import Messages, begun_reply, digest
 from .protocol import Lengths, ModelError
 
 # %% ../../nbs/models/inputs.ipynb #4f6281bc
@@ -90,11 +90,12 @@ def _bare(message:dict[str, Any], eyes:bool) -> dict[str, Any]:
 def render(
     preparer:Preparer, # of the checkpoint
     messages:Messages, # the conversation; image parts become the template's own placeholders
-    reply:bool=True, # end with the head of the assistant's turn
+    reply:bool=True, # end with the head of the assistant's turn, and with what it begins with where the conversation says that
 ) -> str: # text with one placeholder an image
     "The prompt in the checkpoint's own chat template."
     eyes = preparer is not tokenizer_of(preparer)
-    return preparer.apply_chat_template([_bare(m, eyes) for m in messages], tokenize=False, add_generation_prompt=reply)
+    asked, begun = begun_reply(messages) if reply else (messages, '')
+    return preparer.apply_chat_template([_bare(m, eyes) for m in asked], tokenize=False, add_generation_prompt=reply) + begun
 
 # %% ../../nbs/models/inputs.ipynb #b835aff8
 @dataclass(frozen=True, eq=False)
@@ -146,13 +147,20 @@ def text_ids(
     "A rendered text cut into tokens."
     return tokenizer_of(preparer)(text, **_special(preparer, text))['input_ids']
 
+def _written_on(made:Mapping[str, torch.Tensor], ids:Sequence[int]) -> dict[str, torch.Tensor]:
+    "Tensors of one request with further tokens of text behind it."
+    more = {'input_ids': torch.tensor([ids], dtype=torch.long), 'attention_mask': torch.ones(1, len(ids), dtype=torch.long)}
+    return {k: torch.cat([v, more.get(k, v.new_zeros(1, len(ids))).to(v)], 1) if k in TOKEN_KEYS else v for k, v in made.items()}
+
 def _process(preparer:Preparer, messages:Messages, text:str, images:list[Image.Image]) -> Mapping[str, torch.Tensor]:
     if tokenizer_of(preparer) is preparer: return preparer([text], return_tensors='pt', **_special(preparer, text))
     token = getattr(preparer, 'image_token', None)
     if token and text.count(token) != len(images):
         more = {'images': images or None, 'return_tensors': 'pt', **_special(preparer, text)}
-        return preparer.apply_chat_template([_bare(m, True) for m in messages], tokenize=True, return_dict=True, add_generation_prompt=True,
+        asked, begun = begun_reply(messages)
+        made = preparer.apply_chat_template([_bare(m, True) for m in asked], tokenize=True, return_dict=True, add_generation_prompt=True,
                                             sanitize_control_tokens=True, processor_kwargs=more)
+        return _written_on(made, tokenizer_of(preparer)(begun, add_special_tokens=False)['input_ids']) if begun else made
     return preparer(text=[text], images=[images] if images else None, return_tensors='pt', **_special(preparer, text))
 
 # %% ../../nbs/models/inputs.ipynb #b431b18c

@@ -34,6 +34,7 @@ from PIL import Image
 from ..core.media import MediaError, pixel_hash
 from ..core.parts import open_parts, part_name, part_size
 from ..core.records import Generation, Messages, Request, digest, failed
+from .decoding import sent_fields
 from .protocol import Lengths, ModelError, Spec, require_model
 
 # %% ../../nbs/models/openai.ipynb #52105a8d
@@ -288,6 +289,7 @@ class OpenAIModel:
         return stream_async(lambda tell: self._all(requests, max_new_tokens, tell))
 
 # %% ../../nbs/models/openai.ipynb #afb2c5fe
+_GO_ON = {'continue_final_message': True, 'add_generation_prompt': False} # for a reply that is begun already, as vLLM and SGLang know it
 _AHEAD = 4 # requests prepared, asked or waiting for another try, for each that may be in flight
 
 async def _all(self:OpenAIModel, requests:Sequence[Request], max_new_tokens:int, tell:Callable[[tuple[int, Generation]], None]) -> None:
@@ -301,7 +303,7 @@ async def _all(self:OpenAIModel, requests:Sequence[Request], max_new_tokens:int,
 
 async def _send(self:OpenAIModel, client:openai.AsyncOpenAI, sent:Wire, max_new_tokens:int) -> Any:
     "One attempt."
-    body = {'model': self.model, 'messages': sent.messages, self.token_field: max_new_tokens, **self.body}
+    body = {'model': self.model, 'messages': sent.messages, self.token_field: max_new_tokens, **self.body, **(_GO_ON if sent.messages[-1]['role'] == 'assistant' else {})}
     async with asyncio.timeout(self.timeout):
         # JSON as it is, out and in: the client's own types would be walked through on both ways, which takes as long as the rest of a call
         return await client.post('/chat/completions', cast_to=object, body=body)
@@ -348,7 +350,10 @@ def load_openai(
     max_retries:int=5, # after the first attempt
     base_delay:float=1., # seconds before the first retry; doubles
     max_delay:float=60., # seconds between attempts at most
-    temperature:float|None=0., # None sends none, for models that refuse it
+    temperature:float|str|None=0., # None or `own` sends none, for models that refuse it
+    top_p:float|str|None=None, # None or `own` sends none
+    top_k:int|str|None=None, # no part of OpenAI's protocol, but vLLM, SGLang and LMDeploy know it
+    repetition_penalty:float|str|None=None, # likewise
     seed:int|None=0, # None sends none
     token_field:str='max_tokens', # or `max_completion_tokens`, which reasoning models of OpenAI insist on
     detail:str='auto', # `auto`, `low` or `high`: how closely GPT-4o looks
@@ -358,5 +363,5 @@ def load_openai(
     if detail not in ('auto', 'low', 'high'): raise ModelError(f'unknown detail {detail!r}; one of auto, low, high')
     if concurrency < 1 or max_retries < 0 or timeout <= 0: raise ModelError('concurrency must be at least 1, max_retries at least 0, timeout above 0')
     require_model(spec.given)
-    body = {k: v for k, v in (('temperature', temperature), ('seed', seed)) if v is not None}
+    body = sent_fields(seed, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
     return OpenAIModel(spec.given, spec.name, spec.url or OPENAI_URL, Patience(max_retries, base_delay, max_delay), timeout, concurrency, body, token_field, detail)

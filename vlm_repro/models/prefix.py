@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.records import Messages
+from ..core.records import Messages, begun_reply
 
 # %% ../../nbs/models/prefix.ipynb #19109e1e
 def _has_images(content:str | Sequence[dict[str, Any]]) -> bool:
@@ -37,7 +37,7 @@ def prefix_keys(
 ) -> tuple[str, ...]: # 16 hexadecimal digits each; the key of the longest part last
     "Digests of ever longer leading parts of a conversation; no image is opened (source: ours)."
     h, keys = hashlib.sha256(), []
-    for piece in _leading(messages):
+    for piece in _leading(begun_reply(messages)[0]):
         if piece is True: keys.append(h.hexdigest()[:16])
         else: h.update(json.dumps(piece, sort_keys=True, separators=(',', ':')).encode() + b'\n')
     return tuple(keys)

@@ -17,6 +17,7 @@ import transformers as hf
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..core.records import Messages
+from .draws import Draws
 from .features import Bounded, encode_once
 from .inputs import Encoded, Preparer, Shown
 from .prefix import LEAST, PrefixTree, Stretch, shared_ends
@@ -318,18 +319,22 @@ def _next(self:Reader, w:_Writing, tokens:torch.Tensor) -> torch.Tensor:
     w.filled.ends = w.filled.ends + 1
     return _logits(self, hidden[:, 0])
 
+def _likeliest(logits:torch.Tensor) -> torch.Tensor: return logits.argmax(-1)
+
 def write(
     self:Reader,
     batch:Sequence[Encoded], # requests, from `encode`
     max_new_tokens:int, # limit of each answer, tokens
+    draws:Draws|None=None, # one row a request; None takes the likeliest tokens
 ) -> list[list[int]]: # in the order of the batch; an end token is the last of its answer
-    "The greedy answer to every prompt."
+    "The answer to every prompt."
     prompts, order, filled = self.read(batch, min(max_new_tokens, _ROOM))
     last = torch.stack([p.positions[:, -1].max() for p in prompts]).to(filled.held.device)
     w = _Writing(filled, list(order), last, _Penalty(self.decoding.repetition_penalty or 1., prompts, filled.held.device))
     out, done, ends, logits = [[] for _ in batch], set(), end_tokens(self.decoding), filled.logits
+    if draws: draws.only(order)
     for left in range(max_new_tokens, 0, -1):
-        tokens = w.penalty(logits).argmax(-1)
+        tokens = (draws or _likeliest)(w.penalty(logits))
         w.penalty.add(tokens)
         for row, token in zip(w.rows, tokens.tolist()):
             if row not in done: out[row].append(token)
@@ -338,6 +343,7 @@ def write(
         if not going or left == 1: break
         if 2*len(going) <= len(w.rows):
             w.only(going)
+            if draws: draws.only(going)
             tokens = tokens[going]
         logits = _next(self, w, tokens)
     return out

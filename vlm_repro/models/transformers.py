@@ -23,6 +23,8 @@ from transformers.utils import logging as hf_logging
 from ..core.media import MediaError
 from ..core.records import Generation, Request, failed
 from .checkpoint import checkpoint_folder, has_eyes, read_config, register_kind, require_files, weights_digest
+from .decoding import Decoding, decoding_of
+from .draws import DrawnLogits, Draws
 from .inputs import Encoded, Preparer, VisualCounter, collate, encode, image_settings, load_preparer, measure, render, set_budget, tokenizer_of
 from .prefix import prefix_keys
 from .prompts import why_not
@@ -135,6 +137,7 @@ class TransformersModel:
     workers: int = 1 # threads that decode images
     counter: VisualCounter | None = None # None for a model without eyes
     reader: Reader | None = None # None where every prompt is read by itself
+    draw: Decoding | None = None # None where the likeliest token is taken
 
     def describe(self) -> dict[str, Any]:
         "Classes, precision, device, decoding, digests; for the manifest."
@@ -221,12 +224,18 @@ def _penalties(self:TransformersModel, mask:torch.Tensor) -> dict[str, Any]:
     if penalty in (None, 1.): return {}
     return {'repetition_penalty': 1., 'logits_processor': [hf.RepetitionPenaltyLogitsProcessor(penalty, mask.shape[1] - mask.sum(1))]}
 
-def _new_tokens(self:TransformersModel, batch:Sequence[Encoded], max_new_tokens:int) -> list[list[int]]:
+def _steered(self:TransformersModel, mask:torch.Tensor, draws:Draws|None) -> dict[str, Any]:
+    "What `generate` of the network is told besides: the penalty, then the draws."
+    told = _penalties(self, mask)
+    return {**told, 'logits_processor': [*told.get('logits_processor', ()), DrawnLogits(draws)]} if draws else told
+
+def _new_tokens(self:TransformersModel, batch:Sequence[Encoded], max_new_tokens:int, names:Sequence[str]) -> list[list[int]]:
     "The new ids of each row; padding may follow the end."
+    draws = Draws(self.draw, names) if self.draw else None
     with torch.inference_mode():
-        if self.reader: return self.reader.write(batch, max_new_tokens)
+        if self.reader: return self.reader.write(batch, max_new_tokens, draws)
         inputs = inputs_of(self, batch)
-        out = self.net.generate(**inputs, max_new_tokens=max_new_tokens, **_penalties(self, inputs['attention_mask']))
+        out = self.net.generate(**inputs, max_new_tokens=max_new_tokens, **_steered(self, inputs['attention_mask'], draws))
     return out[:, inputs['input_ids'].shape[1]:].tolist()
 
 def _finish(self:TransformersModel, request:Request, e:Encoded, ids:list[int]) -> Generation:
@@ -244,7 +253,7 @@ TransformersModel._new_tokens, TransformersModel._finish = _new_tokens, _finish
 def _answer(self:TransformersModel, asked:Sequence[tuple[Request, Encoded]], max_new_tokens:int) -> list[Generation]:
     "Answers to encoded requests; halves the batch when memory runs out."
     if not asked: return []
-    try: rows = self._new_tokens([e for _, e in asked], max_new_tokens)
+    try: rows = self._new_tokens([e for _, e in asked], max_new_tokens, [r.id for r, _ in asked])
     except torch.OutOfMemoryError as error: rows, why = None, str(error).split('. ')[0]
     if rows is not None: return [self._finish(r, e, ids) for (r, e), ids in zip(asked, rows)]
     if self.reader: self.reader.clear()
@@ -293,7 +302,11 @@ def load_transformers(
     revision:str|None=None, # of a hub id
     trust_remote_code:bool=False, # run Python code that comes with the checkpoint
     image_backend:str='auto', # one of `IMAGE_BACKENDS`
-    repetition_penalty:float=1.0, # 1 = none
+    temperature:float|str=0., # 0 takes the likeliest token, above 0 one is drawn; `own` as the checkpoint has it, here and in the next three
+    top_p:float|str=1., # of the probability, how much may be drawn from
+    top_k:int|str=0, # how many tokens may be drawn from; 0 for all
+    repetition_penalty:float|str=1., # 1 = none
+    seed:int=0, # of the draws
     workers:int=1, # threads that decode images
     share_prefixes:bool=True, # read what prompts begin with once, where the class allows it; changes no answer in float32
     cache_mb:int=1024, # limit of each of three memories: prepared pixels, image features, keys and values of beginnings
@@ -310,13 +323,13 @@ def load_transformers(
     net = load_net(folder, eyes, dtype, device, attention, trust_remote_code)
     for k in set(changed) & set(vars(net.config)): setattr(net.config, k, changed[k])
     own = net.generation_config
-    net.generation_config = greedy(own, tokenizer_of(preparer), repetition_penalty)
-    more = {'revision': None if folder == Path(spec.name).expanduser() or spec.kind == 'tiny' else folder.name, 'max_model_len': _context(config, max_model_len), 'decoding': _asked(net.generation_config), 'decoding_ignored': _asked(own)}
-    decoding = net.generation_config
+    draw = decoding_of(own, seed, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
+    decoding = net.generation_config = greedy(own, tokenizer_of(preparer), draw.repetition_penalty)
+    more = {'revision': None if folder == Path(spec.name).expanduser() or spec.kind == 'tiny' else folder.name, 'max_model_len': _context(config, max_model_len), 'decoding': {**_asked(decoding), **draw.describe()}, 'decoding_ignored': _asked(own)}
     if adapter:
         place = checkpoint_folder(adapter)
         net, more['adapter'] = add_adapter(net, place), weights_digest(place)
     against = why_not(net) if share_prefixes else 'not asked for'
     record = _describe(net, preparer, folder, **more, shared_prefixes=f'no: {against}' if against else 'yes')
     return TransformersModel(spec.given, net, preparer, decoding, more['max_model_len'], record, workers, VisualCounter(preparer) if eyes else None,
-                             None if against else Reader(net, decoding, cache_mb*2**20))
+                             None if against else Reader(net, decoding, cache_mb*2**20), draw if draw.drawn else None)
