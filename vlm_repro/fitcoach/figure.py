@@ -11,7 +11,7 @@ __all__ = ['Angles', 'TRUNK', 'NECK', 'UPPER', 'FORE', 'THIGH', 'SHIN', 'SHOULDE
 
 # %% ../../nbs/fitcoach/figure.ipynb #9d3b5a91
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -81,7 +81,7 @@ _PLANK = {'pitch': 66., **both(flex=66.)}
 _ELBOWS = both(elbow=95.)
 EXERCISES = {e.name: e for e in (
     Exercise('squats', 'squats', 45, both(flex=15., elbow=15.), {'lean': 35., **both(hip=100., knee=110., flex=95., elbow=0., spread=8.)},
-             {'shallow': Mistake('Lower your hips!', 'Deeper, get those hips down!', both(hip=45., knee=50.)), 'bent': Mistake('Keep your chest up!', 'Chest up again!', {'lean': 80., **both(flex=40.)})},
+             {'shallow': Mistake('Lower your hips!', 'Deeper, get those hips down!', both(hip=45., knee=50.)), 'bent': Mistake('Keep your chest up!', 'Chest up again!', {'lean': 70., **both(flex=40.)})},
              2., praise=('Good squats!', 'That is the depth we want!')),
     Exercise('jumping jacks', 'jumping jacks', 0, both(abduct=8., spread=2.), both(abduct=165., spread=26.),
              {'low arms': Mistake('Bring your arms all the way up!', 'Arms up high again!', both(abduct=85.)), 'narrow': Mistake('Jump your feet wider!', 'Wider with the feet!', both(spread=5.))},
@@ -94,7 +94,7 @@ EXERCISES = {e.name: e for e in (
              2., praise=('Good reach!', 'Now you touch them!')),
     Exercise('lunges', 'lunges', 75, both(elbow=60., flex=20.), {'l_hip': 85., 'l_knee': 88., 'r_hip': -22., 'r_knee': 75., **both(elbow=60., flex=20.)},
              {'high': Mistake('Bend your knees more!', 'Sink lower into it!', {'l_hip': 40., 'l_knee': 38., 'r_hip': -18., 'r_knee': 25.}), 'leaning': Mistake('Keep your back upright!', 'Back straight again!', {'lean': 55.})}),
-    Exercise('push-ups', 'push-ups', 70, _PLANK, {'pitch': 75., **both(flex=26., elbow=100.)},
+    Exercise('push-ups', 'push-ups', 62, _PLANK, {'pitch': 75., **both(flex=26., elbow=100.)},
              {'half': Mistake('Go lower!', 'All the way down!', {'pitch': 68., **both(flex=48., elbow=40.)}), 'piked': Mistake('Keep your hips in line!', 'Hips down again!', {'pitch': 92., **both(hip=52., flex=70., elbow=40.)})}),
     Exercise('side bends', 'side bends', 0, both(abduct=10.), {'roll': 38., 'r_abduct': 172., 'l_abduct': 8.},
              {'stiff': Mistake('Lean over further!', 'Bend more to the side!', {'roll': 10.}), 'folded arm': Mistake('Stretch that arm out!', 'Arm long again!', {'r_abduct': 120., 'r_elbow': 135.})}),
@@ -166,7 +166,7 @@ def draw_figure(
     turn = _turn(1, yaw + look.yaw)
     names = list(joints)
     places = np.array([joints[n] for n in names]) @ turn.T
-    places[:, 0] -= (places[:, 0].min() + places[:, 0].max())/2 if angles.get('pitch', 0) else 0
+    places[:, 0] -= (places[:, 0].min() + places[:, 0].max() + HEAD)/2 if angles.get('pitch', 0) else 0
     tall = _TALL*look.scale
     at = {n: (width/2 + look.shift + p[0]*tall, _FLOOR - p[1]*tall - 3, p[2]) for n, p in zip(names, places)}
     image = _room(look, width).copy()
