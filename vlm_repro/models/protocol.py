@@ -6,10 +6,11 @@ Docs: https://vlm-repro.github.io/vlm_repro/models/protocol.html.md"""
 
 # %% auto #0
 __all__ = ['Lengths', 'Model', 'Prepared', 'Staged', 'ModelError', 'Spec', 'parse_spec', 'require_model', 'tiny_checkpoint',
-           'Origin', 'origin_of', 'load_model']
+           'is_streaming', 'Origin', 'origin_of', 'load_model']
 
 # %% ../../nbs/models/protocol.ipynb #50241fb2
 import inspect
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -160,8 +161,29 @@ def tiny_checkpoint(
     return root/name
 
 # %% ../../nbs/models/protocol.ipynb #2de863ec
-_backends = {'tiny': ('vlm_repro.models.transformers', 'load_transformers'), 'local': ('vlm_repro.models.transformers', 'load_transformers'),
-             'openai': ('vlm_repro.models.openai', 'load_openai')}
+_TRANSFORMERS, _OPENAI, _STREAM = ('vlm_repro.models.transformers', 'load_transformers'), ('vlm_repro.models.openai', 'load_openai'), ('vlm_repro.models.stream', 'load_stream')
+
+def is_streaming(
+    folder:Path|str, # of a checkpoint
+) -> bool: # also for one that was released before there were such folders
+    "Whether a checkpoint watches films: it has cross-attention to features, and perhaps the network that makes them."
+    folder = Path(folder)
+    if (folder/'cnn.json').is_file() or (folder/'state_dict.pth.tar').is_file(): return True
+    try: held = json.loads((folder/'config.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError): return False # what is wrong with it is said by the reader
+    return isinstance(held, dict) and 'looking' in held
+
+def _place(parsed:Spec, options:Mapping[str, Any]) -> Path:
+    if parsed.kind == 'tiny': return tiny_checkpoint(options.get('tiny', 'mmwalk'))
+    folder = Path(parsed.name).expanduser()
+    if folder.is_dir(): return folder
+    from vlm_repro.models.checkpoint import checkpoint_folder
+    return checkpoint_folder(parsed.name, options.get('revision'), bool(options.get('trust_remote_code')))
+
+def _loader(parsed:Spec, options:Mapping[str, Any]) -> Callable[..., Model]:
+    "The loader of a backend."
+    module, function = _OPENAI if parsed.kind == 'openai' else _STREAM if is_streaming(_place(parsed, options)) else _TRANSFORMERS
+    return getattr(import_module(module), function)
 
 def _check_options(
     loader:Callable[..., Model], # a backend's loader
@@ -194,8 +216,7 @@ def load_model(
 ) -> Model: # ready to generate
     "The model that a string names; raises ModelError for an unknown option or a checkpoint that is not whole."
     parsed = parse_spec(spec)
-    module, function = _backends[parsed.kind]
-    loader = getattr(import_module(module), function)
+    loader = _loader(parsed, options)
     _check_options(loader, options, ('tiny',) if parsed.kind == 'tiny' else ())
     origin = Origin(parsed.given, dict(options))
     if parsed.kind == 'tiny': parsed = replace(parsed, name=options.pop('tiny', 'mmwalk'))
