@@ -68,6 +68,8 @@ class CrossAttention(nn.Module):
 
 class CrossAttentionLayer(nn.Module):
     "What is added behind one layer of the language model."
+    part = 'projector' # for `train.parts`: it joins film and language
+
     def __init__(self, hidden:int, feature:int, width:int, heads:int=1):
         super().__init__()
         self.attn_layers = nn.ModuleList([CrossAttention(hidden, feature, width, heads)])
@@ -82,7 +84,7 @@ class CrossAttentionLayer(nn.Module):
         out = torch.zeros_like(hidden)
         if not len(row): return out
         seen = self.attn_layers[0](hidden[row, at], vision[row, steps[row, at]].to(hidden.dtype))
-        return out.index_put((row, at), seen)
+        return out.index_put((row, at), seen.to(out.dtype))
 
 # %% ../../nbs/fitcoach/cross_attention.ipynb #fc9ca5b0
 RELEASED_LAYERS = (6, 8, 10, 12, 14, 16, 18, 20, 22)

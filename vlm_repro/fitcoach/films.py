@@ -38,11 +38,9 @@ class Film:
         "When each step is."
         return self.features.times[self.kept]
 
-    def read(self,
-        channels:int, # of a map, as the model takes it
-    ) -> torch.Tensor: # [steps, P, C]
+    def read(self) -> torch.Tensor: # [steps, P, C]
         "The steps as a model looks at them; raises MediaError for values that are no numbers."
-        try: return film_of(self.features.maps[self.kept], channels, Path(self.path).name)
+        try: return film_of(self.features.maps[self.kept], self.features.maps.shape[1], Path(self.path).name)
         except FeatureError as e: raise MediaError(self.path, str(e)) from e
 
 def films_in(
@@ -53,12 +51,14 @@ def films_in(
 
 def open_film(
     part:Mapping[str, Any], # `film`, `clock`, `start` and `end`, the last two None for the whole film
-    shape:tuple[int, ...]|None=None, # of one feature, as the model takes it; None for any
+    channels:int|None=None, # of a map, as the model takes it; None for any
     digest:str='', # of the extractor that the model was tuned with; empty for any
 ) -> Film: # nothing but its clock is read
     "The film of a message; raises MediaError for features that are missing, unfinished or of another extractor, and for a stretch that holds no step."
-    try: features = open_features(part['film'], part['clock'], shape, digest)
+    try: features = open_features(part['film'], part['clock'], digest=digest)
     except (DataError, OSError) as e: raise MediaError(part['film'], str(e)) from e
+    shape = features.maps.shape[1:]
+    if len(shape) != 3 or shape[0] != (channels or shape[0]): raise MediaError(part['film'], f'features of shape {shape}, the model takes ({channels}, rows, columns): extract them with the network it was trained with')
     kept = kept_features(features.times, part['start'], part['end'])
     if len(kept): return Film(part['film'], features, kept)
     first, last = (f'{features.times[k]:.2f}' for k in (0, -1)) if len(features.times) else ('nothing', 'nothing')

@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/fitcoach/model.html.md"""
 
 # %% auto #0
 __all__ = ['EYES', 'EYES_CONFIG', 'fit_embeddings', 'Eyes', 'StreamVLM', 'stream_vlm', 'WeightsError', 'fill', 'save_stream_vlm',
-           'load_stream_vlm']
+           'require_stream_vlm', 'load_stream_net', 'load_eyes', 'load_stream_vlm']
 
 # %% ../../nbs/fitcoach/model.ipynb #fc78c8ba
 import json
@@ -22,7 +22,7 @@ from torch import nn
 
 from .actions import Actions, action_tokens
 from .cnn import LITE4, FitnessCNN, narrow
-from .cross_attention import Looking, add_looking
+from .cross_attention import Looking, add_looking, looking_of
 
 # %% ../../nbs/fitcoach/model.ipynb #a02ae3ad
 def fit_embeddings(
@@ -122,22 +122,43 @@ def save_stream_vlm(
     (folder/EYES_CONFIG).write_text(json.dumps(asdict(model.eyes)) + '\n', encoding='utf-8')
     return folder
 
+def require_stream_vlm(
+    folder:Path,
+) -> None:
+    "Raises FileNotFoundError for a folder that holds no whole model."
+    for name in (EYES_CONFIG, EYES, 'config.json'):
+        if not (folder/name).is_file(): raise FileNotFoundError(f'{folder.name}: no {name}; a Stream-VLM is a folder as save_stream_vlm writes it')
+
+def load_stream_net(
+    folder:str|Path, # as `save_stream_vlm` writes it
+    dtype:torch.dtype=torch.float32,
+    attention:str='auto', # as `load_net` takes it
+) -> Any: # a causal model with cross-attention, on the CPU
+    "The language model alone; raises WeightsError for weights that do not fit."
+    folder = Path(folder)
+    config = hf.AutoConfig.from_pretrained(folder)
+    net = hf.AutoModelForCausalLM.from_config(config, dtype=dtype, **({} if attention == 'auto' else {'attn_implementation': attention}))
+    add_looking(net, looking_of(net))
+    states = {n: t for file in sorted(folder.glob('model*.safetensors')) for n, t in load_file(file).items()}
+    fill(net, states, folder.name, tied=True)
+    net.name_or_path = str(folder)
+    return net.eval()
+
+def load_eyes(
+    folder:str|Path, # as `save_stream_vlm` writes it
+) -> tuple[FitnessCNN, Eyes]: # on the CPU
+    "The 3-D CNN alone; raises WeightsError for weights that do not fit."
+    eyes = Eyes(**json.loads((Path(folder)/EYES_CONFIG).read_text('utf-8')))
+    cnn = eyes.build()
+    fill(cnn, load_file(Path(folder)/EYES), EYES)
+    return cnn, eyes
+
 def load_stream_vlm(
     folder:str|Path, # as `save_stream_vlm` writes it
     dtype:torch.dtype=torch.float32, # of the language model
     device:str='cpu',
 ) -> StreamVLM:
     "Reads a model; raises FileNotFoundError for a folder without one, WeightsError for weights that do not fit."
-    folder = Path(folder)
-    for name in (EYES_CONFIG, EYES, 'config.json'):
-        if not (folder/name).is_file(): raise FileNotFoundError(f'{folder.name}: no {name}; a Stream-VLM is a folder as save_stream_vlm writes it')
-    config = hf.AutoConfig.from_pretrained(folder)
-    held = config.looking
-    net = hf.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    add_looking(net, Looking(**{**held, 'layers': tuple(held['layers'])}))
-    states = {n: t for file in sorted(folder.glob('model*.safetensors')) for n, t in load_file(file).items()}
-    fill(net, states, folder.name, tied=True)
-    eyes = Eyes(**json.loads((folder/EYES_CONFIG).read_text('utf-8')))
-    cnn = eyes.build()
-    fill(cnn, load_file(folder/EYES), EYES)
-    return StreamVLM(net.eval().to(device), hf.AutoTokenizer.from_pretrained(folder), cnn.to(device), eyes)
+    require_stream_vlm(Path(folder))
+    cnn, eyes = load_eyes(folder)
+    return StreamVLM(load_stream_net(folder, dtype).to(device), hf.AutoTokenizer.from_pretrained(folder), cnn.to(device), eyes)
