@@ -17,10 +17,10 @@ from vlm_repro.gpt4scene.tiny_training import Recipe, answer_logits, answer_loss
 from vlm_repro.gpt4scene.tiny_vision import sight_of
 from vlm_repro.gpt4scene.truth import Truth
 from vlm_repro.gpt4scene.world import Size
-from vlm_repro.mmwalk.tiny_vision import see
 from vlm_repro.models.protocol import load_model
 from vlm_repro.models.tiny import build_tiny, train_tokenizer
-from vlm_repro.roadbuddy.tiny_vision import make_codes
+from vlm_repro.models.tiny_sight import see
+from vlm_repro.models.tiny_steps import make_codes
 
 FOLDER = asset('tiny/gpt4scene')
 

@@ -13,7 +13,8 @@ from vlm_repro.cli_data import data_app
 from vlm_repro.core.download import DownloadError
 from vlm_repro.core.jsonl import DataError
 from vlm_repro.core.video import write_clip
-from vlm_repro.roadbuddy.annotations import annotation_file, body_of, choices_of, clip_of, letter_of, support_of
+from vlm_repro.metrics.letters import body_of, letter_of
+from vlm_repro.roadbuddy.annotations import annotation_file, choices_of, clip_of, support_of
 from vlm_repro.roadbuddy.check import check, count, expected_counts
 from vlm_repro.roadbuddy.data import FOLDER, OFFICIAL, WATERMARK, choose, find_file, load
 from vlm_repro.roadbuddy.download import get, plan

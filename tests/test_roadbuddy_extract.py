@@ -6,7 +6,8 @@ import unicodedata
 import pytest
 from roadbuddy_files import FOUR, TWO, question, reply
 
-from vlm_repro.roadbuddy.extract import EXTRACTORS, extract, extract_one, gold_label, parse_evaluate, parse_inference, read_likelihood, read_reply
+from vlm_repro.metrics.letters import read_likelihood, read_reply
+from vlm_repro.roadbuddy.extract import EXTRACTORS, extract, extract_one, gold_label, parse_evaluate, parse_inference
 
 STATEMENTS = ['Đáp án: {}.', 'Đáp án: {}', 'đáp án là {}', 'Đáp án đúng là {}.', 'Đáp án chính xác là {}', 'Câu trả lời: {}', 'Câu trả lời của tôi là {}', 'Câu trả lời của bạn: {}', 'Chọn {}', 'Tôi chọn {}.',
               'TÔI CHỌN {}', 'Vì đèn đỏ nên chọn {}', 'The answer is {}', 'The answer is {}.', 'Answer: {}', 'ANSWER: {}', 'answer：{}', 'The correct answer is ({})', 'Answer: **{}**', 'The answer is option {}',

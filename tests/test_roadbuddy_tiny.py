@@ -13,11 +13,12 @@ from vlm_repro.core.assets import asset
 from vlm_repro.models.controls import blanked, shuffled
 from vlm_repro.models.protocol import load_model
 from vlm_repro.models.tiny_internvl import TILE_TOKENS, build_processor, build_tiny, train_tokenizer
+from vlm_repro.models.tiny_steps import coded, make_codes
 from vlm_repro.roadbuddy.questions import FAMILIES, family_of
 from vlm_repro.roadbuddy.tiny_data import FRAME_TOKENS, LABELS, LEFT_OUT, TRAINED, Writer, ask_shown, corpus, draw_films, draw_frames, spread
 from vlm_repro.roadbuddy.tiny_sight import best_constant, hits, unseen_questions
 from vlm_repro.roadbuddy.tiny_training import Recipe, answer_logits, answer_loss, draw_batch, held_out_accuracy, match_heads, train_tiny
-from vlm_repro.roadbuddy.tiny_vision import coded, make_codes, see, seen_films, sight_of
+from vlm_repro.roadbuddy.tiny_vision import see, seen_films, sight_of
 from vlm_repro.roadbuddy.world import Size
 
 FOLDER = asset("tiny/roadbuddy")
@@ -94,7 +95,7 @@ def test_a_left_out_family_is_not_mastered(shipped):
 
 def test_the_eyes_see(shipped):
     model, _ = shipped
-    found = sight_of(model, draw_frames(60, 91, 1), make_codes(160, Recipe().seed))
+    found = sight_of(model, draw_frames(60, 91, 1), make_codes(160, Recipe().seed, len(LABELS)))
     for name in ("light:red", "light:green", "vehicle:bus", "pedestrian", "brake", "lane:left"):
         assert min(found[name]) > 0.8, (name, found[name])
 
@@ -118,7 +119,7 @@ def test_what_training_feeds_is_what_the_model_is_fed(shipped, films):
 
 
 def test_codes_come_apart():
-    codes = make_codes(160, 1)
+    codes = make_codes(160, 1, len(LABELS))
     shown = torch.zeros(len(LABELS))
     shown[[2, 7, 20]] = 1
     assert (coded(shown, codes) @ codes[1:].T > 0.5).nonzero().flatten().tolist() == [2, 7, 20]
@@ -126,7 +127,7 @@ def test_codes_come_apart():
 
 def test_matching_heads_find_what_a_phrase_names(films):
     tokenizer = train_tokenizer(corpus(films))
-    model, writer, codes = build_tiny(tokenizer, 0), Writer(tokenizer), make_codes(160, 0)
+    model, writer, codes = build_tiny(tokenizer, 0), Writer(tokenizer), make_codes(160, 0, len(LABELS))
     match_heads(model, writer, codes, 0)
     attention = model.model.language_model.layers[0].self_attn
     word = model.get_input_embeddings().weight[writer.encode("Đèn đỏ")[0]]

@@ -14,8 +14,8 @@ from vlm_repro.core.assets import asset
 from vlm_repro.mmwalk.can_see import CATEGORIES, answer_word, can_see
 from vlm_repro.mmwalk.tiny_data import LAYOUTS, TALK, Recipe, Writer, corpus, draw_bank, gather_images, lone_turns, shot_turns
 from vlm_repro.mmwalk.tiny_training import answer_loss, draw_batch, look, train_tiny
-from vlm_repro.mmwalk.tiny_vision import see
 from vlm_repro.models.tiny import build_tiny, train_tokenizer
+from vlm_repro.models.tiny_sight import see
 
 torch.set_num_threads(1)
 FOLDER = asset("tiny/mmwalk")

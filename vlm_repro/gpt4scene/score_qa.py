@@ -6,12 +6,11 @@ Docs: https://vlm-repro.github.io/vlm_repro/gpt4scene/score_qa.html.md"""
 
 # %% auto #0
 __all__ = ['QaTexts', 'qa_texts', 'Measured', 'measure_captions', 'corpus_scores', 'published_qa', 'said_by', 'scores_from',
-           'measure_qa', 'Change', 'Changes', 'changes']
+           'measure_qa']
 
 # %% ../../nbs/gpt4scene/score_qa.ipynb #0eca4e04
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -142,35 +141,3 @@ def measure_qa(
     if not samples: return []
     said, failed = said_by(samples, answers), {a.id: a.error for a in answers if a.error}
     return [x for variant in ('corrected', 'as_published') for x in _variant(variant, samples, said, failed, meteor)]
-
-# %% ../../nbs/gpt4scene/score_qa.ipynb #500e2626
-@dataclass(frozen=True)
-class Change:
-    "A score that differs between the variants."
-    id: str # the sample's id
-    metric: str # whose
-    corrected: tuple[float, ...]|None # None for a failure
-    as_published: tuple[float, ...]|None
-    label: str # `ok`, or what went wrong
-
-class Changes(list[Change]):
-    "Changes, as a table."
-    def __repr__(self) -> str: return self._repr_markdown_()
-
-    def _repr_markdown_(self) -> str:
-        if not self: return 'No sample is scored differently by the two variants.'
-        def text(v:Any) -> str: return '–' if v is None else ', '.join(f'{x:g}' for x in v)
-        lines = [f'| {c.id} | {c.metric} | {text(c.corrected)} | {text(c.as_published)} | {c.label} |' for c in self[:20]]
-        more = f'\n\n… and {len(self) - 20} more' if len(self) > 20 else ''
-        return f'{len(self)} scores flip\n\n| sample | metric | corrected | as published | what happened |\n|---|---|---|---|---|\n' + '\n'.join(lines) + more
-
-def changes(
-    scores:Sequence[Score], # both variants
-    metrics:Sequence[str]=('em', 'acc', 'f1'), # which to compare
-) -> Changes: # in the order of the scores
-    "The scores whose values differ between the variants."
-    found: dict[tuple[str, str], dict[str, Score]] = {}
-    for s in scores:
-        if s.metric in metrics: found.setdefault((s.id, s.metric), {})[s.variant] = s
-    pairs = [(v['corrected'], v['as_published']) for v in found.values() if len(v) == 2]
-    return Changes(Change(c.id, c.metric, c.values, p.values, c.label if c.label != 'ok' else p.label) for c, p in pairs if c.values != p.values)

@@ -23,9 +23,8 @@ import transformers as hf
 
 import vlm_repro
 
-from ..mmwalk.tiny_vision import rate, update
 from ..models.tiny import build_processor, build_tiny, save_tiny, train_tokenizer, write_log
-from ..roadbuddy.tiny_vision import coded, make_codes
+from ..models.tiny_steps import coded, make_codes, rate, update
 from .rooms import COLOURS, KINDS, plural
 from .tiny_data import LABELS, MOST, NUMBERED, UNITS, Bank, Example, Shown, Writer, corpus, draw_bank, positions, turns_about
 from .tiny_vision import room_tokens, see_steps, sight_of

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 
-from ..mmwalk.tiny_vision import rate, see, update
-from ..roadbuddy.tiny_vision import coded
+from ..models.tiny_sight import see
+from ..models.tiny_steps import coded, rate, update
 from .tiny_data import LABELS, NUMBERED, Bank
 
 # %% ../../nbs/gpt4scene/tiny_vision.ipynb #51b58283

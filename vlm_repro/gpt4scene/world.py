@@ -19,9 +19,8 @@ from typing import Any
 
 from ..core.jsonl import Problem
 from ..core.records import digest
-from ..core.worlds import MARKER, build_once, cache_dir, source_hashes, write_whole
+from ..core.worlds import MARKER, build_once, cache_dir, frame_rng, source_hashes, write_whole
 from ..metrics.boxes3d import stored
-from ..mmwalk.world import frame_rng
 from . import build_rows, build_texts, marks, questions, render, rooms, space, views
 from .annotations import CORPUS, FILES, LOOKUP
 from .attributes import OBJECTS, PROPOSALS, attributes_of, write_attributes

@@ -22,9 +22,11 @@ import transformers as hf
 import vlm_repro
 
 from ..models.tiny import build_processor, build_tiny, save_tiny, train_tokenizer, write_log
+from ..models.tiny_sight import see
+from ..models.tiny_steps import rate, update
 from .questions import ASKERS, record_text
 from .tiny_data import LAYOUTS, Bank, Example, Mix, Phase, Recipe, Turn, Writer, corpus, draw_bank, gather_images, lone_turns, positions, shot_turns
-from .tiny_vision import match_heads, prefer_near, rate, see, see_steps, update
+from .tiny_vision import match_heads, prefer_near, see_steps
 
 # %% ../../nbs/mmwalk/tiny_training.ipynb #be578e8e
 def hidden_states(

@@ -17,7 +17,8 @@ from typing import Any
 from ..core.jsonl import DataError, Problem, stop_on
 from ..core.records import Sample, digest
 from ..core.tasks import Dataset, one_of
-from .annotations import UNKNOWN, nfc, read_items, samples_in
+from ..metrics.letters import nfc
+from .annotations import UNKNOWN, read_items, samples_in
 
 # %% ../../nbs/roadbuddy/data.ipynb #2a78233b
 FOLDER = 'traffic_buddy_train+public_test'

@@ -21,7 +21,8 @@ from ..core.jsonl import DataError
 from ..core.media import resolve
 from ..core.records import Request, Sample
 from ..core.tasks import one_of
-from .annotations import choices_of, nfc
+from ..metrics.letters import nfc
+from .annotations import choices_of
 
 # %% ../../nbs/roadbuddy/prompt.ipynb #7e288e46
 _TONES = ('', '\u0300', '\u0301', '\u0309', '\u0303', '\u0323')

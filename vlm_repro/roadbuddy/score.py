@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from ..core.records import ERROR_LABELS, Answer, Sample, Score, paired
+from ..metrics.letters import body_of, letter_of, nfc
 from ..metrics.statistics import clustered_interval, mean
 from ..report.published import Cell, Cells
-from .annotations import body_of, choices_of, letter_of, nfc
+from .annotations import choices_of
 from .extract import PUBLISHED, gold_label
 
 # %% ../../nbs/roadbuddy/score.ipynb #b98d4477

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..core.jsonl import DataError
 from ..core.records import Answer
-from .annotations import letter_of
+from ..metrics.letters import letter_of
 
 # %% ../../nbs/roadbuddy/submission.ipynb #9246fe3d
 def csv_text(

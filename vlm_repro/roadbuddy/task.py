@@ -23,8 +23,9 @@ from ..core.records import Answer, Generation, Request, Sample, Score, from_row
 from ..core.runs import RunFolder
 from ..core.tasks import Dataset, Task, data_of, one_of
 from ..core.video import forget_indexes, video_info
+from ..metrics.letters import letter_of
 from ..report.published import Cells, Eligibility, Published, load_published
-from .annotations import letter_of, support_of
+from .annotations import support_of
 from .data import SPLITS, choose, find_file, load
 from .extract import PARSERS, extract
 from .frames import MODES, ON_DECODE_ERROR, FramePlan, blank_plan, plan_clip, plan_frames

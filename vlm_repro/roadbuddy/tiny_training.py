@@ -22,12 +22,12 @@ import transformers as hf
 
 import vlm_repro
 
-from ..mmwalk.tiny_vision import rate, update
 from ..models.tiny import save_tiny, write_log
 from ..models.tiny_internvl import build_processor, build_tiny, train_tokenizer
+from ..models.tiny_steps import coded, make_codes, rate, update
 from .questions import COLOUR_WORDS, LANE_WORDS, LIGHT_WORDS, LIMIT_WORDS, SIGN_WORDS, VEHICLE_WORDS, WEATHER_WORDS, ask
 from .tiny_data import LABELS, LEFT_OUT, TRAINED, Example, Film, Frames, Writer, answerable, ask_shown, corpus, draw_films, draw_frames, spread
-from .tiny_vision import coded, make_codes, see_steps, seen_films
+from .tiny_vision import see_steps, seen_films
 
 # %% ../../nbs/roadbuddy/tiny_training.ipynb #27424674
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def stages(
     skip: Sequence[str] = (),  # stages not to run
 ) -> Iterator[tuple[str, int, dict[str, float]]]:  # name of the stage, its number of steps, what a step reports
     "All steps of a run, one stage after the other."
-    codes = make_codes(model.config.text_config.hidden_size, recipe.seed)
+    codes = make_codes(model.config.text_config.hidden_size, recipe.seed, len(LABELS))
     match_heads(model, writer, codes, recipe.seed)
     read, join = Stage(3, recipe.read_steps, recipe.read_rate), Stage(4, recipe.join_steps, recipe.join_rate, 0.6)
     runs = (

@@ -22,8 +22,7 @@ import numpy as np
 
 from ..core.records import digest
 from ..core.video import write_clip
-from ..core.worlds import MARKER, build_once, cache_dir, source_hashes, write_whole
-from ..mmwalk.world import frame_rng
+from ..core.worlds import MARKER, build_once, cache_dir, frame_rng, source_hashes, write_whole
 from . import questions, render, scene
 from .questions import Question, ask_some
 from .render import draw_frame

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ..core.records import ERROR_LABELS, Answer, Generation, Sample, paired
 from ..core.tasks import one_of
-from ..roadbuddy.extract import read_reply
+from ..metrics.letters import read_reply
 from .coordinates import UNIT, Frame, FrameError, Points, box_of, frame_doubt, possible_kinds, trace_of
 from .kinds import Kind, kind_of
 from .readings import after_assistant

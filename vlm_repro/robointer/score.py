@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from ..core.records import Answer, Sample, Score, paired
-from ..gpt4scene.score_qa import Changes, changes
+from ..metrics.variants import Changes, changes
 from .kinds import kind_of
 from .planning import CHOICE_METRIC, TEXT_METRIC, score_choice, score_text
 from .score_boxes import METRIC as BOX_METRIC

@@ -23,12 +23,11 @@ import transformers as hf
 
 import vlm_repro
 
-from ..mmwalk.tiny_vision import rate, update
 from ..models.tiny import save_tiny, train_tokenizer, write_log
 from ..models.tiny_qwen25 import build_processor, build_tiny
-from ..roadbuddy.tiny_vision import coded
-from .tiny_data import GRIDS, LABELS, LEFT_OUT, TRAINED, Example, View, Writer, asked_about, corpus, draw_views, positions, random_view
-from .tiny_vision import make_codes, see, see_steps, sight_of
+from ..models.tiny_steps import coded, make_codes, rate, update
+from .tiny_data import GRIDS, LABELS, LEFT_OUT, TRAINED, WIDTH, Example, View, Writer, asked_about, corpus, draw_views, positions, random_view
+from .tiny_vision import see, see_steps, sight_of
 
 # %% ../../nbs/robointer/tiny_training.ipynb #606e0763
 Eyes = Callable[[View], torch.Tensor]  # tokens x width
@@ -162,7 +161,7 @@ def stages(
     recipe: Recipe,
 ) -> Iterator[tuple[str, int, dict[str, float]]]:  # name of the stage, its number of steps, what a step reports
     "All steps of a run, one stage after the other."
-    codes = make_codes(model.config.text_config.hidden_size, recipe.seed)
+    codes = make_codes(model.config.text_config.hidden_size, recipe.seed, WIDTH)
     match_heads(model, writer, codes, recipe.seed)
     runs = (
         ("see", recipe.see_steps, see_steps(model, views, codes, recipe.seed, recipe.see_steps, recipe.see_rate)),
@@ -222,7 +221,7 @@ def train_tiny(
     held_out = draw_views(checks, 4242)
     tokenizer = train_tokenizer(corpus())
     model, processor, writer = build_tiny(tokenizer, recipe.seed), build_processor(tokenizer), Writer(tokenizer)
-    codes = make_codes(model.config.text_config.hidden_size, recipe.seed)
+    codes = make_codes(model.config.text_config.hidden_size, recipe.seed, WIDTH)
     log: list[dict[str, object]] = []
     recent: list[float] = []
     for stage, total, row in stages(model, writer, views, recipe):

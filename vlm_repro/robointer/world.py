@@ -19,8 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..core.records import digest
-from ..core.worlds import MARKER, build_once, cache_dir, source_hashes, write_whole
-from ..mmwalk.world import frame_rng
+from ..core.worlds import MARKER, build_once, cache_dir, frame_rng, source_hashes, write_whole
 from . import questions, render, scene
 from .coordinates import COPIES, smart_resize
 from .questions import Picture, Question, ask, texts_of
