@@ -14,7 +14,7 @@ TRAJ = Sample('traj/1', (MediaRef('a.jpg'),), "<image>\nThe robot at 'table' is 
 
 
 def text(sample, **settings):
-    return render(sample, 'data', PromptSettings(**settings)).messages[-1]['content'][-1]['text']
+    return render(sample, 'data', PromptSettings(**settings)).messages[0]['content'][-1]['text']
 
 
 def test_every_form_and_program_has_a_text_with_the_question():
@@ -67,4 +67,12 @@ def test_wrong_settings_are_listed():
 
 def test_system_and_baselines():
     assert [m['role'] for m in render(EIGHT, 'data', PromptSettings(system='Be brief.')).messages] == ['system', 'user']
-    assert prompt.BASELINES['robobrain'].temperature == .7 and not prompt.BASELINES['qwen'].do_sample
+    assert prompt.BASELINES['robobrain'].temperature == .7 and prompt.BASELINES['qwen'].temperature == 0 and prompt.BASELINES['internvl'].temperature == 'own'
+
+
+def test_robobrain_begins_its_reply_and_nobody_else_does():
+    for thinking, words in ((True, '<think>'), (False, '<think></think><answer>')):
+        last = render(TRAJ, 'data', PromptSettings(program='robobrain', thinking=thinking)).messages[-1]
+        assert (last['role'], last['content'][0]['text']) == ('assistant', words)
+    assert {render(TRAJ, 'data', PromptSettings(program=p)).messages[-1]['role'] for p in prompt.PROGRAMS if p != 'robobrain'} == {'user'}
+    with pytest.raises(ValueError, match='only robobrain'): PromptSettings(thinking=True)

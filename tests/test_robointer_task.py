@@ -1,14 +1,17 @@
 "RoboInter's stages as one task: settings, a whole run, the published files, answers that exist already."
 import json
+from dataclasses import replace
 
 import pytest
 
 from vlm_repro.core.adopted import score_files
 from vlm_repro.core.jsonl import DataError
+from vlm_repro.core.records import Generation
 from vlm_repro.core.tasks import get_task, make_settings
 from vlm_repro.models.protocol import load_model
 from vlm_repro.robointer.data import TASKS
-from vlm_repro.robointer.task import RoboInterSettings, adopt_predictions, choose, data_folder, load_questions, training_recipe
+from vlm_repro.robointer.prompt import PROGRAMS
+from vlm_repro.robointer.task import RoboInterSettings, adopt_predictions, choose, data_folder, decoding_options, extract_answers, load_questions, training_recipe
 from vlm_repro.train.paper import complete_run
 
 
@@ -54,6 +57,38 @@ def test_wrong_settings(wrong, said):
 def test_length_of_answers_is_the_programs():
     assert [RoboInterSettings(program=p).max_new_tokens for p in ('qwen', 'internvl', 'robobrain')] == [512, 1024, 768]
     assert RoboInterSettings(max_new_tokens=9).max_new_tokens == 9
+
+def test_decoding_is_the_programs_unless_said_otherwise():
+    found = {p: decoding_options(RoboInterSettings(program=p, seed=2)) for p in PROGRAMS}
+    assert found['qwen'] == {'temperature': 0., 'top_p': 1., 'top_k': 0, 'repetition_penalty': 'own', 'seed': 2}
+    assert found['robobrain'] == {'temperature': .7, 'top_p': 'own', 'top_k': 'own', 'repetition_penalty': 'own', 'seed': 2} and found['internvl']['temperature'] == 'own' == found['api']['temperature']
+    assert decoding_options(make_settings(get_task('robointer'), {'program': 'robobrain', 'temperature': 0, 'top_k': 5}))['temperature'] == 0
+    for wrong, said in (({'temperature': 'warm'}, 'own'), ({'top_p': 0}, 'top_p=0'), ({'temperature': True}, 'a number'), ({'thinking': True}, 'robobrain'), ({'echo': True, 'program': 'api'}, 'qwen')):
+        with pytest.raises(ValueError, match=said): make_settings(get_task('robointer'), wrong)
+
+
+def test_a_drawn_run_says_so_and_repeats(tmp_path):
+    settings = RoboInterSettings(limit=1, tasks='current_box,contact_decide', program='robobrain', temperature=1.5, top_k=0, seed=3, max_new_tokens=12)
+    runs = [complete_run(get_task('robointer'), replace(settings, seed=s), load_model('tiny', tiny='robointer', dtype='float32', **decoding_options(replace(settings, seed=s))), tmp_path/str(k), b)
+            for k, (s, b) in enumerate(((3, 1), (3, 2), (4, 2)))]
+    texts = [[row['text'] for row in r.rows('predictions')] for r in runs]
+    assert sorted(texts[0]) == sorted(texts[1]) != sorted(texts[2])
+    assert runs[0].manifest['model']['decoding'].items() >= {'do_sample': True, 'temperature': 1.5, 'seed': 3}.items()
+    assert runs[0].manifest['settings'].items() >= {'temperature': 1.5, 'top_k': 0, 'top_p': 'own', 'seed': 3}.items()
+    assert runs[0].rows('samples')[0]['request']['messages'][-1]['content'][0]['text'] == '<think></think><answer>'
+
+
+def test_what_published_scripts_store_is_scored_as_published_only():
+    data = load_questions(RoboInterSettings(tasks='current_box', limit=1))
+    said = lambda text, **s: [a.value for a in extract_answers(data.samples, [Generation(data.samples[0].id, text)], RoboInterSettings(tasks='current_box', **s))]
+    assert said('[[1, 2], [30, 40]]</answer>', program='robobrain') == ['[[1, 2], [30, 40]]', '[[1.0, 2.0], [30.0, 40.0]]']
+    thought = 'At [[5, 6], [70, 80]]?</think><answer>[[1, 2], [30, 40]]</answer>'
+    assert said(thought, program='robobrain', thinking=True) == ['[[1, 2], [30, 40]]', '[[1.0, 2.0], [30.0, 40.0]]']
+    assert said('It is near [[5, 6], [70, 80]]', program='robobrain', thinking=True)[1] is None
+    plain, strict = said('[[1, 2], [30, 40]]', echo=True)
+    assert plain.startswith('system\nYou are a helpful assistant.\nuser\n') and plain.endswith('assistant\n[[1, 2], [30, 40]]') and data.samples[0].question.split('>')[-1].strip() in plain
+    assert strict == '[[1.0, 2.0], [30.0, 40.0]]'
+
 
 def test_a_larger_limit_keeps_the_smaller():
     samples = load_questions(RoboInterSettings(tasks='current_box,traj')).samples

@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/robointer/readings.html.md"""
 
 # %% auto #0
 __all__ = ['STRUCTURE', 'numbers_in', 'published_trace', 'published_box', 'after_assistant', 'last_line', 'robobrain_task',
-           'published_structure', 'published_value', 'published_api_json']
+           'robobrain_answer', 'with_conversation', 'published_structure', 'published_value', 'published_api_json']
 
 # %% ../../nbs/robointer/readings.ipynb #fba7ac4d
 import json
@@ -68,6 +68,22 @@ def robobrain_task(
 ) -> str:
     "The task that the published RoboBrain baseline finds in a question: the second quoted text up to its first comma (source: spec section 3.4); raises IndexError for a question without two of them."
     return question.split("'")[3].split(',')[0]
+
+def robobrain_answer(
+    text:str, # what the model wrote
+    thinking:bool=False, # it was let think first
+) -> str:
+    "What the published RoboBrain baseline keeps of an answer (source: spec section 3.4)."
+    kept = text.rsplit('</think>', 1)[-1] if thinking else text
+    return kept.replace('<answer>', '').replace('</answer>', '').strip()
+
+def with_conversation(
+    question:str, # as it was asked
+    answer:str, # what the model wrote
+    system:str='', # of a system turn; empty for that of Qwen's template
+) -> str:
+    "What the released evaluator of Qwen2.5-VL stores as its answer: the whole conversation, special tokens dropped (source: spec section 3.2)."
+    return f"system\n{system or 'You are a helpful assistant.'}\nuser\n{question}\nassistant\n{answer}"
 
 # %% ../../nbs/robointer/readings.ipynb #3ff57c94
 STRUCTURE = ('current_bbox', 'target_bbox', 'grasp_point', 'future_traj', 'action')
