@@ -1,4 +1,5 @@
 "RoboInter's stages as one task: settings, a whole run, the published files, answers that exist already."
+import csv
 import json
 from dataclasses import replace
 
@@ -7,11 +8,13 @@ import pytest
 from vlm_repro.core.adopted import score_files
 from vlm_repro.core.jsonl import DataError
 from vlm_repro.core.records import Generation
-from vlm_repro.core.tasks import get_task, make_settings
+from vlm_repro.core.tasks import get_task, make_settings, verdicts_run
 from vlm_repro.models.protocol import load_model
+from vlm_repro.report.published import Cell, Cells, Eligibility, load_published, short_name, verdict
+from vlm_repro.robointer.cells import CHECKPOINTS, TABLE, row_name
 from vlm_repro.robointer.data import TASKS
 from vlm_repro.robointer.prompt import PROGRAMS
-from vlm_repro.robointer.task import RoboInterSettings, adopt_predictions, choose, data_folder, decoding_options, extract_answers, load_questions, training_recipe
+from vlm_repro.robointer.task import RoboInterSettings, adopt_predictions, choose, claim, data_folder, decoding_options, extract_answers, load_questions, training_recipe
 from vlm_repro.train.paper import complete_run
 
 
@@ -27,6 +30,26 @@ def test_a_run_is_whole(run):
     assert run.manifest['n'] == 2*len(TASKS) and not run.manifest['errors'] and run.manifest['watermark']
     table = run.path('table.csv').read_text(encoding='utf-8')
     assert 'cannot be judged' in table and 'Object G.D.' in table and 'as_published' in table
+    judged = {row['column']: row['status'] for row in csv.DictReader(table.splitlines()) if row['variant'] == 'as_published' and row['status']}
+    assert {p.column for p in load_published('robointer') if p.table == TABLE} <= judged.keys() | {'Trace'} and 'Object G.D. @0.5' in judged
+    assert judged.get('Trace', 'cannot be judged') == 'cannot be judged'
+
+def test_a_column_is_judged_in_the_unit_it_is_printed_in(run):
+    task, settings = get_task('robointer'), RoboInterSettings(model='Qwen/Qwen2.5-VL-3B-Instruct')
+    cells = Cells([Cell(TABLE, 'QwenVL2.5-3B', 'Trace', 'dtw', 'as_published', 2712., 'px', 2600., 2800., 2000, 0, 900, 'episode')])
+    assert [v.cell.column for v in verdicts_run(task, settings, run, cells) if v.cell] == ['Trace']
+    assert verdict(cells[0], next(p for p in load_published('robointer') if (p.row, p.column) == ('QwenVL2.5-3B', 'Trace')), Eligibility('paper', 'val', settings.model, '', 'verbatim')).status == 'reproduced'
+
+
+def test_every_checkpoint_of_a_row_is_its_model():
+    models = {p.row: p.model for p in load_published('robointer')}
+    named = {'InternRobotics/RoboInter-VLM': 'RoboInter-Qwen-7B', 'InternRobotics/RoboInter-VLM_qwenvl25_3b': 'RoboInter-Qwen-3B', 'InternRobotics/RoboInter-VLM_llavaov_7B': 'RoboInter-LLaVAOV-7B'}
+    assert named.items() <= CHECKPOINTS.items() and all(row_name(name) == row for name, row in named.items())
+    own = {short_name(c): row for c, row in CHECKPOINTS.items()}
+    assert {short_name(model): row for row, model in models.items()}.items() <= own.items()
+    for c, row in CHECKPOINTS.items():
+        assert short_name(claim(RoboInterSettings(model=c), {'release': 'x', 'missing_images': 0, 'official': True, 'asked': 1, 'n': 1, 'split': 'val'}, ['verbatim']).model) == short_name(models[row])
+
 
 def test_published_files(run):
     files = sorted(p.name for p in run.path('upstream').glob('eval_details_*.json'))

@@ -62,7 +62,7 @@ class Task:
     published: Callable[[Any], list['Published']] # table: the paper's numbers, filled in by the reader where the paper's are not public
     eligibility: Callable[[Any, Mapping[str, Any], Sequence[str]], 'Eligibility'] # table: settings, data identity and provenances to what a run may claim
     cluster: str # the clusters whose intervals verdicts use
-    unit: str # the unit of the published table
+    unit: str # of columns that the published table does not have; its own are judged in the unit that it prints
     world: Callable[[Path, int], Path] # builds the embedded world at a path from a seed
     export: Callable[[RunFolder, Any], Path] # writes the files that the paper's own scripts write
     examples: Callable[[Any, str], Sequence['Example']]|None = None # train: the conversations of a split (`train`, `val`); None where the paper trains nothing
@@ -213,12 +213,14 @@ def verdicts_run(
     variant:str='as_published', # the scorer: the published one, or the corrected one
 ) -> 'Verdicts': # one a cell of that variant, then the published cells that were not run
     "The verdicts on a run's table."
-    from vlm_repro.report.published import verdicts
+    from vlm_repro.report.published import Cells, verdicts
     sources = sorted({row['request']['provenance'] for row in run.rows('samples')})
-    chosen = cells.where(variant=variant, cluster=task.cluster, unit=task.unit)
+    printed, units = task.published(settings), {}
+    for p in printed: units.setdefault((p.table, p.column), set()).add(p.unit)
+    chosen = Cells(c for c in cells.where(variant=variant, cluster=task.cluster) if c.unit in units.get((c.table, c.column), {task.unit}))
     identity = data_of(run)['identity']
     may = task.eligibility(settings, identity, sources)
-    return verdicts(chosen, task.published(settings), replace(may, data=PART) if PART in identity else may)
+    return verdicts(chosen, printed, replace(may, data=PART) if PART in identity else may)
 
 def _csv(head:Sequence[str], rows:Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()

@@ -74,8 +74,8 @@ CHECKPOINTS: Mapping[str, str] = {
     **dict.fromkeys(('lmms-lab/llava-onevision-qwen2-7b-ov', 'llava-hf/llava-onevision-qwen2-7b-ov-hf'), 'LLaVA-OV-7B'),
     **{f'BAAI/RoboBrain2.0-{size}': f'RoboBrain-2.0-{size}' for size in ('3B', '7B')},
     'openai:gpt-4o-mini': 'GPT4o-mini', 'openai:gemini-2.5-flash': 'Gemini-2.5-flash',
-    **{f'InternRobotics/RoboInter-VLM_{folder}': row for folder, row in
-       (('qwenvl25_3b', 'RoboInter-Qwen-3B'), ('qwenvl25_7b', 'RoboInter-Qwen-7B'), ('llavaov_7b', 'RoboInter-LLaVAOV-7B'))}}
+    **{f'InternRobotics/RoboInter-VLM{folder}': row for folder, row in
+       (('_qwenvl25_3b', 'RoboInter-Qwen-3B'), ('', 'RoboInter-Qwen-7B'), ('_llavaov_7B', 'RoboInter-LLaVAOV-7B'))}}
 
 def row_name(
     model:str, # a model string

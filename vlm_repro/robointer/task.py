@@ -26,7 +26,7 @@ from ..core.runs import RunFolder
 from ..core.tasks import Dataset, Task, make_settings, one_of
 from ..models.decoding import decoding_of
 from ..report.published import Cells, Eligibility, Published, load_published
-from .cells import row_name, table_cells
+from .cells import CHECKPOINTS, row_name, table_cells
 from .coordinates import COPIES
 from .data import load, tasks_of
 from .examples import training_examples, validation_examples
@@ -214,7 +214,9 @@ def claim(
     "What a run used, as far as it decides the verdicts."
     data = 'world' if identity['release'] == 'world' else 'missing' if identity['missing_images'] else 'paper' if identity['official'] else 'changed'
     some = '' if identity['asked'] == identity['n'] else f", {identity['asked']} of {identity['n']} questions"
-    return Eligibility(data, identity['split'] + some, settings.model, '', provenances[0] if len(provenances) == 1 else 'ours')
+    row = CHECKPOINTS.get(settings.model.split('@')[0].rstrip('/'))
+    model = next((p.model for p in load_published('robointer') if p.row == row), settings.model)
+    return Eligibility(data, identity['split'] + some, model, '', provenances[0] if len(provenances) == 1 else 'ours')
 
 def paper_table(
     settings:RoboInterSettings, # may name a CSV of the reader's
