@@ -22,16 +22,17 @@ class Drafts:
         self.end, self.context = end, context
         self.begun: dict[tuple[int, ...], Counter[int]] = {}
         self.follows: dict[tuple[int, ...], Counter[int]] = {}
-        for text in texts: self.learn(text)
+        for text, times in Counter(map(tuple, texts)).items(): self.learn(text, times)
 
     def learn(self,
         text:Sequence[int], # tokens of a feedback
+        times:int=1, # that it was said
     ) -> None:
         "Adds a feedback."
         whole = (*text, self.end)
         for i, token in enumerate(whole):
-            self.begun.setdefault(whole[:i], Counter())[token] += 1
-            for n in range(1, min(self.context, i) + 1): self.follows.setdefault(whole[i - n:i], Counter())[token] += 1
+            for held, before in ((self.begun, whole[:i]), *((self.follows, whole[i - n:i]) for n in range(1, min(self.context, i) + 1))):
+                held.setdefault(before, Counter())[token] += times
 
     def next(self,
         said:Sequence[int], # tokens of the feedback so far

@@ -10,12 +10,14 @@ __all__ = ['PLAIN', 'RowCache', 'Piece', 'Reader', 'ModelReader', 'Ahead', 'Row'
 # %% ../../nbs/fitcoach/runahead.ipynb #e19361a9
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 
 from ..train.parts import unwrap
 from .actions import Place, Rules, after, settle
+from .cross_attention import Looks, Shown, looks_of
 from .decode import Prompt, Stream
 from .drafts import Drafts
 
@@ -24,6 +26,7 @@ class RowCache:
     "Keys and values of several films, each row with a length of its own; what a causal model of `transformers` writes to as its cache (source: ours)."
     def __init__(self, rows:int):
         self.held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.index: dict[int, torch.Tensor] = {}
         self.lengths, self.at, self.room = [0]*rows, torch.zeros(0), 0
 
     def place(self,
@@ -31,25 +34,29 @@ class RowCache:
         device:torch.device,
     ) -> torch.Tensor: # [rows, width]
         "Where the next tokens of each row stand."
-        self.at = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device)
+        self.at, self.index = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device), {}
         self.room = max(self.lengths) + width
         return self.at
 
-    def _grown(self, held:torch.Tensor | None, new:torch.Tensor) -> torch.Tensor:
-        "A table with room for what comes; it grows by half, so that it is seldom copied."
-        size = 0 if held is None else held.shape[2]
+    def _grown(self, held:torch.Tensor | None, new:torch.Tensor) -> torch.Tensor: # [rows, room, heads, C]
+        "A table with room for what comes; it doubles, so that it is seldom copied."
+        size = 0 if held is None else held.shape[1]
         if size >= self.room: return held
-        out = new.new_zeros(*new.shape[:2], max(self.room, size*3//2, 64), new.shape[3])
-        if held is not None: out[:, :, :size] = held
+        out = new.new_zeros(len(new), max(self.room, 2*size, 128), new.shape[1], new.shape[3])
+        if held is not None: out[:, :size] = held
         return out
+
+    def _index(self, size:int) -> torch.Tensor:
+        "Where the new tokens of all rows stand in a table whose rows have this room; found once for all layers."
+        if size not in self.index: self.index[size] = (self.at + size*torch.arange(len(self.at), device=self.at.device)[:, None]).flatten()
+        return self.index[size]
 
     def update(self, keys:torch.Tensor, values:torch.Tensor, layer:int, *_:Any, **__:Any) -> tuple[torch.Tensor, torch.Tensor]:
         "Called by each layer of the model: writes what is new and hands back all that may be seen."
         tables = tuple(self._grown(held, new) for held, new in zip(self.held.get(layer, (None, None)), (keys, values)))
-        row = torch.arange(len(keys), device=keys.device)[:, None]
-        for table, new in zip(tables, (keys, values)): table[row, :, self.at] = new.transpose(1, 2)
+        for table, new in zip(tables, (keys, values)): table.flatten(0, 1).index_copy_(0, self._index(table.shape[1]), new.transpose(1, 2).flatten(0, 1))
         self.held[layer] = tables
-        return tuple(table[:, :, :self.room] for table in tables)
+        return tuple(table[:, :self.room].transpose(1, 2) for table in tables)
 
     def get_seq_length(self, layer:int=0) -> int:
         "Tokens of the longest row; models ask for it."
@@ -80,38 +87,39 @@ class ModelReader:
         net:Any, # a causal model with cross-attention, wrapped or not
         films:Sequence[torch.Tensor], # [steps, P, C] each
     ):
-        self.net, self.cache, self.dropped = unwrap(net), RowCache(len(films)), 0
+        self.net, self.cache, self.device = unwrap(net), RowCache(len(films)), unwrap(net).device
         how = self.net.config._attn_implementation
         if how not in ('sdpa', 'eager'): raise ValueError(f'rows of several lengths need a mask of their own, which attention {how!r} does not take: load the model with attn_implementation="sdpa"')
-        longest = max(len(f) for f in films)
-        self.films = torch.stack([torch.cat([f, f.new_zeros(longest - len(f), *f.shape[1:])]) for f in films]).to(self.net.device)
+        self.begins = [0, *accumulate(map(len, films))][:-1] # of each row's film among all steps
+        self.shown = Shown(torch.cat([f.to(self.device, self.net.dtype) for f in films]))
 
     def add(self,
         maps:torch.Tensor, # [rows, steps, P, C]
     ) -> None:
         "The next steps of all films, as they come in; those before have been looked at and are dropped."
-        self.dropped += self.films.shape[1]
-        self.films = maps.to(self.films)
+        before = len(self.shown.maps)//len(maps) - self.begins[0]
+        self.begins = [row*maps.shape[1] - before for row in range(len(maps))]
+        self.shown = Shown(maps.flatten(0, 1).to(self.shown.maps))
 
-    def _mask(self, at:torch.Tensor) -> torch.Tensor:
+    def _mask(self, at:torch.Tensor) -> torch.Tensor: # [rows, 1, width, room]
         "What each token sees of its row: all that stands at or before its own place."
-        seen = (torch.arange(self.cache.room, device=at.device) <= at[..., None])[:, None]
-        if self.net.config._attn_implementation == 'sdpa': return seen
-        return torch.zeros(seen.shape, dtype=self.net.dtype, device=at.device).masked_fill(~seen, torch.finfo(self.net.dtype).min)
+        hidden = torch.arange(self.cache.room, device=at.device) > at[:, None, :, None]
+        return torch.zeros(hidden.shape, dtype=self.net.dtype, device=at.device).masked_fill_(hidden, torch.finfo(self.net.dtype).min)
+
+    def _looks(self, pieces:Sequence[Piece], width:int) -> Looks:
+        "What the tokens of a call look at."
+        return looks_of(self.shown, [(row*width + col, begin + step) for row, (p, begin) in enumerate(zip(pieces, self.begins)) for col, step in enumerate(p.steps) if step >= 0])
 
     @torch.inference_mode()
     def read(self, pieces:Sequence[Piece]) -> list[list[int]]:
         "One call of the model."
-        width, device = max(len(p.tokens) for p in pieces), self.net.device
-        at = self.cache.place(width, device)
-        ids = torch.tensor([p.tokens + [0]*(width - len(p.tokens)) for p in pieces], device=device)
-        steps = torch.tensor([p.steps + [-1]*(width - len(p.steps)) for p in pieces], device=device)
-        steps = torch.where(steps < 0, steps, steps - self.dropped)
-        out = self.net.model(ids, attention_mask=self._mask(at), position_ids=at, past_key_values=self.cache, use_cache=True, vision=self.films, vision_steps=steps)
+        width = max(len(p.tokens) for p in pieces)
+        at = self.cache.place(width, self.device)
+        ids = torch.tensor([p.tokens + [0]*(width - len(p.tokens)) for p in pieces], device=self.device)
+        out = self.net.model(ids, attention_mask=self._mask(at), position_ids=at, past_key_values=self.cache, use_cache=True, vision=self._looks(pieces, width))
         self.cache.lengths = [n + len(p.tokens) for n, p in zip(self.cache.lengths, pieces)]
-        asked = [(r, len(p.tokens) - p.asked + k) for r, p in enumerate(pieces) for k in range(p.asked)]
-        row, col = torch.tensor(asked, device=device).T
-        choices = iter(self.net.get_output_embeddings()(out.last_hidden_state[row, col]).argmax(-1).tolist())
+        asked = torch.tensor([row*width + col for row, p in enumerate(pieces) for col in range(len(p.tokens) - p.asked, len(p.tokens))], device=self.device)
+        choices = iter(self.net.get_output_embeddings()(out.last_hidden_state.flatten(0, 1).index_select(0, asked)).argmax(-1).tolist())
         return [[next(choices) for _ in range(p.asked)] for p in pieces]
 
     def back(self, row:int, length:int) -> None:
@@ -121,7 +129,7 @@ class ModelReader:
     def keep(self, rows:Sequence[int]) -> None:
         "Drops all other rows."
         self.cache.keep(rows)
-        self.films = self.films[list(rows)]
+        self.begins = [self.begins[row] for row in rows]
 
 # %% ../../nbs/fitcoach/runahead.ipynb #5e77d7fd
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ class Ahead:
     first: int = 16 # steps
     least: int = 4
     most: int = 64
-    shared: int = 192 # steps of all films of a batch together, beyond the least
+    shared: int = 224 # guesses of all films of a batch together, beyond the least
 
     def next(self,
         kept:int, # steps that the model agreed with
@@ -179,12 +187,11 @@ class Streams:
 
     def guess(self, row:Row) -> list[int]:
         "What may come next for a film, silence as far as its steps are there."
-        a, place, out = self.rules.actions, row.place, []
+        a, place, out, share = self.rules.actions, row.place, [], max(self.ahead.least, self.ahead.shared//len(self.inside))
         if place.said is not None:
-            out = self.drafts.guess(row.said()) if self.drafts else []
+            out = self.drafts.guess(row.said())[:share] if self.drafts else []
             if out[-1:] != [a.end]: return out
-        share = max(self.ahead.least, self.ahead.shared//len(self.inside))
-        return out + [a.vision]*max(0, min(row.ahead, share, row.available - place.seen))
+        return out + [a.vision]*max(0, min(row.ahead, share - len(out), row.available - place.seen))
 
     def _piece(self, row:Row, guess:list[int]) -> Piece:
         "What is read next of a film."
