@@ -19,7 +19,6 @@ import argparse
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,6 +57,8 @@ def build(folder: Path, n: int, shape: str, device: str) -> None:
     import random
 
     import shapes
+
+    from vlm_repro.robointer.leaderboards import older_checkpoint
     rng, images = random.Random(0), folder / "images"
     images.mkdir(parents=True)
     rows = []
@@ -68,32 +69,8 @@ def build(folder: Path, n: int, shape: str, device: str) -> None:
     rng.shuffle(rows)
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     shapes.build(folder / "model", shape, device)
-    if shape == "tiny": peer_checkpoint(folder / "model", folder / "peer")
+    if shape == "tiny": older_checkpoint(folder / "model", folder / "peer")
     peer_task(folder / "task", rows)
-
-
-def peer_checkpoint(model: Path, out: Path) -> None:
-    """The same weights and vocabulary, described as transformers 4 expects it."""
-    shutil.copytree(model, out)
-    config = json.loads((out / "config.json").read_text())
-    text = config.pop("text_config")
-    rope = text.pop("rope_parameters")
-    old = {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": rope["mrope_section"]}, "torch_dtype": "float32"}
-    drop = ("dtype", "model_type", "layer_types")
-    vision = {k: v for k, v in config["vision_config"].items() if k != "dtype"}
-    config = {**config, **{k: v for k, v in text.items() if k not in drop}, **old, "model_type": "qwen2_vl", "vision_config": vision}
-    config.pop("dtype", None)
-    (out / "config.json").write_text(json.dumps(config, indent=1))
-    tokenizer = json.loads((out / "tokenizer_config.json").read_text())
-    named = {k: tokenizer[k] for k in ("eos_token", "pad_token", "model_max_length", "clean_up_tokenization_spaces") if k in tokenizer}
-    special = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}
-    (out / "tokenizer_config.json").write_text(json.dumps({**named, **special, "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", "extra_special_tokens": special}))
-    held = json.loads((out / "processor_config.json").read_text()) if (out / "processor_config.json").exists() else {}
-    images = held.get("image_processor") or json.loads((out / "preprocessor_config.json").read_text())
-    (out / "processor_config.json").unlink(missing_ok=True)
-    keep = {k: v for k, v in images.items() if k in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "resample", "rescale_factor", "image_mean", "image_std", "patch_size", "temporal_patch_size", "merge_size")}
-    (out / "preprocessor_config.json").write_text(json.dumps({**keep, "min_pixels": 3136, "max_pixels": 602_112, "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}))
-    if not (out / "chat_template.jinja").exists(): raise SystemExit("the checkpoint has no chat template file")
 
 
 TASK = """task: squares
