@@ -136,9 +136,10 @@ class ModelReader:
 class Ahead:
     "How far to run ahead over silence."
     first: int = 16 # steps
-    least: int = 4
+    least: int = 16
     most: int = 64
-    shared: int = 224 # guesses of all films of a batch together, beyond the least
+    shared: int = 224 # guesses of all films of a batch together
+    each: int = 4 # guesses of one film, however many share
 
     def next(self,
         kept:int, # steps that the model agreed with
@@ -187,7 +188,7 @@ class Streams:
 
     def guess(self, row:Row) -> list[int]:
         "What may come next for a film, silence as far as its steps are there."
-        a, place, out, share = self.rules.actions, row.place, [], max(self.ahead.least, self.ahead.shared//len(self.inside))
+        a, place, out, share = self.rules.actions, row.place, [], max(self.ahead.each, self.ahead.shared//len(self.inside))
         if place.said is not None:
             out = self.drafts.guess(row.said())[:share] if self.drafts else []
             if out[-1:] != [a.end]: return out
