@@ -208,6 +208,7 @@ class GridMeans:
 class NetExtractor:
     "A streamed network such as `cnn.FitnessCNN` as an extractor."
     memory = 12 # steps: it sees 45 frames
+    piece = 4 # steps a call on a CPU, so that what lies between two layers stays in its cache
 
     def __init__(self,
         net:Any, # called with frames [1, 4·n, 3, 224, 160] and a state, gives maps [1, n, *shape] and the next state
@@ -225,6 +226,11 @@ class NetExtractor:
 
     def __call__(self, pixels:np.ndarray) -> np.ndarray:
         "[n, 4, 3, 224, 160] → [n, *shape]."
+        size = self.piece if self.device == 'cpu' else len(pixels)
+        parts = [self._maps(pixels[at:at + size]) for at in range(0, len(pixels), size)]
+        return np.concatenate(parts) if parts else np.zeros((0, *self.shape), np.float32)
+
+    def _maps(self, pixels:np.ndarray) -> np.ndarray:
         import torch
         with torch.inference_mode():
             maps, self.state = self.net(torch.from_numpy(np.ascontiguousarray(pixels)).flatten(0, 1)[None].to(self.device), self.state)
