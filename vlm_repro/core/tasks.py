@@ -41,11 +41,16 @@ class Dataset:
 
     def __repr__(self) -> str: return f'Dataset({len(self.samples)} samples of {self.identity.get("name", "?")} {self.identity.get("split", "")})'
 
+    def _told(self, show:int=5) -> str:
+        gone = [p for p in self.problems if getattr(p, 'dropped', False)]
+        first = [*gone[:show], *(p for p in self.problems if p not in gone)][:max(show if gone else 1, 1)]
+        return f'\n\n{len(self.problems)} problems with the data, {len(gone)} of them records left out; the first:\n' + ''.join(f'\n- {p}' for p in first)
+
     def _repr_markdown_(self) -> str:
         about = {k: v for k, v in self.identity.items() if isinstance(v, (str, int))}
         head = ', '.join(f'{k} {v}' for k, v in about.items())
         files = '\n'.join(f'| {name} | `{sha[:16]}…` |' for name, sha in self.identity.get('files', {}).items())
-        odd = f'\n\n{len(self.problems)} problems with the data, the first: {self.problems[0]}' if self.problems else ''
+        odd = self._told() if self.problems else ''
         return f'**{len(self.samples)} samples** ({head})\n\n| file | SHA-256 |\n|---|---|\n{files}{odd}'
 
 # %% ../../nbs/core/tasks.ipynb #964ed1da

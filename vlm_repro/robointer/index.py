@@ -52,9 +52,14 @@ def index_folder() -> Path:
 def _silent(done:int, total:int) -> None: pass
 
 def _state_at(head:Path, key:Mapping[str, Any]) -> State:
-    if not head.exists(): return State()
-    held = json.loads(head.read_text(encoding='utf-8'))
-    return State(**held['state']) if held['file'] == key else State()
+    "How far the index is; from the beginning where there is none, or one that cannot be believed."
+    try: held = json.loads(head.read_text(encoding='utf-8'))
+    except (OSError, ValueError): return State()
+    if not isinstance(held, dict) or held.get('file') != key: return State()
+    state, offsets = State(**held['state']), head.with_suffix('.offsets')
+    size = offsets.stat().st_size if offsets.exists() else -1
+    whole = size == 16*state.records if state.at == key['size'] else size >= 16*state.records
+    return state if whole else State()
 
 def _keep(head:Path, offsets:BinaryIO, key:Mapping[str, Any], state:State) -> None:
     offsets.flush()

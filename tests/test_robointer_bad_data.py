@@ -1,0 +1,107 @@
+"RoboInter's data where it is damaged: what is left out is told first, an index that cannot be believed is made again, and no bad truth ends a run."
+import json
+import shutil
+
+import pytest
+from test_robointer_data import BOX, item, write
+
+from vlm_repro.core.check import CheckReport, most_telling
+from vlm_repro.core.jsonl import Problem
+from vlm_repro.core.tasks import get_task
+from vlm_repro.models.protocol import load_model
+from vlm_repro.robointer.check import check, copies_differ
+from vlm_repro.robointer.data import load
+from vlm_repro.robointer.index import build_index, open_records
+from vlm_repro.robointer.registry import named
+from vlm_repro.robointer.task import RoboInterSettings, data_folder
+from vlm_repro.train.paper import complete_run
+
+
+def said(value: object) -> list[dict]:
+    return [{'from': 'human', 'value': '<image>\nWhere?'}, {'from': 'gpt', 'value': json.dumps({'current_bbox': value}) if not isinstance(value, str) else value}]
+
+
+BAD = [[[10, 20], [30]], [[1, 2], [3, 4], [5, 6], [7, 8]], [], 'nowhere', [[float('nan'), 1], [2, 3]], [['a', 1], [2, 3]]]
+
+
+@pytest.mark.parametrize('value', BAD)
+def test_a_question_without_a_true_box_is_left_out_and_named(tmp_path, value):
+    write(tmp_path, 'current_box_val', [item(0), item(1, conversations=said(value), gt=value)])
+    data = load(tmp_path)
+    gone = [p for p in data.problems if p.dropped]
+    assert len(data.samples) == 1 and len(gone) == 1 and 'record 1' in gone[0].where and 'current_box' in gone[0].where and data.identity['left_out'] == 1
+
+
+def test_a_question_about_an_image_that_it_has_not_is_left_out(tmp_path):
+    write(tmp_path, 'current_box_val', [item(0), item(1, images=None), item(2, images=[])])
+    data = load(tmp_path)
+    assert len(data.samples) == 1 and [p.label for p in data.problems if p.dropped] == ['lost_images']*2
+
+
+def test_a_size_that_qwen_cannot_see_is_left_out(tmp_path):
+    write(tmp_path, 'current_box_val', [item(0), {k: v for k, v in item(1, h=9, w=9).items() if k not in ('new_h', 'new_w')}])
+    assert [p.label for p in load(tmp_path).problems if p.dropped] == ['bad_size']
+
+
+def test_a_bad_truth_does_not_end_a_run(tmp_path):
+    shutil.copytree(data_folder(RoboInterSettings()), tmp_path/'data')
+    path, = (tmp_path/'data').rglob('val/smart_resize_format/current_box.json')
+    rows = json.loads(path.read_text())
+    rows[0]['conversations'][1]['value'] = '{"current_bbox": [[10, 20], [30]]}'
+    path.write_text(json.dumps(rows))
+    settings = RoboInterSettings(data_root=str(tmp_path/'data'), tasks='current_box', limit=0, max_new_tokens=4)
+    run = complete_run(get_task('robointer'), settings, load_model('tiny', tiny='robointer', dtype='float32'), tmp_path/'run')
+    assert run.manifest['n'] == len(rows) - 1 and any('bad_arity' in p and 'record 0' in p for p in run.manifest['problems'])
+
+
+def test_what_is_left_out_is_shown_before_what_is_odd():
+    odd = [Problem('stale_path', f'a record {i}', 'x', False) for i in range(300)]
+    report = CheckReport((), (*odd, Problem('missing_image', 'a record 3', 'gone', False), *(Problem('broken_file', f'f{i}', 'cut') for i in range(30))), {}, None)
+    assert [p.label for p in most_telling(report.problems)] == ['broken_file']*20 + ['stale_path', 'missing_image']
+    text = report._repr_markdown_()
+    assert text.index('f0') < text.index('stale_path: ') and 'stale_path 300' in text and '309 more' in text and '30 of them left out' in text
+
+
+def test_the_check_sees_odd_boxes_sizes_and_copies(tmp_path):
+    for copy in ('origin_format', 'llava_format', 'smart_resize_format'):
+        write(tmp_path, 'current_box_val', [item(k, BOX[copy]) for k in range(4)], copy)
+    assert not {'copies_differ', 'inverted_box', 'empty_box', 'other_resize', 'bad_arity'} & {p.label for p in check(tmp_path).problems}
+    turned, flat = BOX['origin_format'][::-1], [BOX['origin_format'][0]]*2
+    rows = [item(0, BOX['origin_format']), item(1, turned), item(2, flat), item(3, [[1, 2], [3]])]
+    rows[0] |= {'new_w': 1000, 'new_h': 1000}
+    write(tmp_path, 'current_box_val', rows, 'origin_format')
+    report = check(tmp_path)
+    labels = {p.label: p for p in report.problems}
+    assert {'copies_differ', 'inverted_box', 'empty_box', 'other_resize', 'bad_arity'} <= labels.keys() and labels['bad_arity'].dropped
+    assert all('origin_format' in labels[k].where for k in ('inverted_box', 'empty_box', 'other_resize', 'bad_arity'))
+    assert next(r.found for r in report.rows if r.what == 'usable' and 'origin' in r.split).startswith('3 of 4')
+    write(tmp_path, 'current_box_val', [item(0, BOX['llava_format'])], 'llava_format')
+    assert 'records' in copies_differ(tmp_path, named('current_box_val'), ('origin_format', 'llava_format'))[0].detail
+
+
+def test_an_index_that_cannot_be_believed_is_made_again(tmp_path):
+    path = tmp_path/'a.json'
+    path.write_text(json.dumps([{'id': str(i), 'x': 'y'*50} for i in range(500)]))
+    for damage in ('half', 'ragged', 'gone', 'head', 'longer', 'other'):
+        head = build_index(path, tmp_path/'index')
+        offsets = head.with_suffix('.offsets')
+        whole = offsets.read_bytes()
+        if damage == 'half': offsets.write_bytes(whole[:len(whole)//2])
+        if damage == 'ragged': offsets.write_bytes(whole[:-3])
+        if damage == 'gone': offsets.unlink()
+        if damage == 'head': head.write_text('{"file": {')
+        if damage == 'longer': offsets.write_bytes(whole + whole[:16])
+        if damage == 'other': head.write_text('[]')
+        records = open_records(path, tmp_path/'index')
+        assert len(records) == 500 and records[499]['id'] == '499' and offsets.read_bytes() == whole, damage
+
+
+def test_a_half_made_index_without_its_offsets_begins_again(tmp_path):
+    path = tmp_path/'a.json'
+    path.write_text(json.dumps([{'id': str(i)} for i in range(100)]))
+    head = build_index(path, tmp_path/'index')
+    held = json.loads(head.read_text())
+    held['state'] |= {'at': 300, 'records': 20}
+    head.write_text(json.dumps(held))
+    head.with_suffix('.offsets').unlink()
+    assert [r['id'] for r in open_records(path, tmp_path/'index')] == [str(i) for i in range(100)]
