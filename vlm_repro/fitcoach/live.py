@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..core.media import MediaError
 from .actions import Rules
 from .cross_attention import feature_tokens
 from .decode import Prompt
@@ -31,12 +32,17 @@ def video_frames(
     path:str|Path, # a video file
     clock:Sequence[float]|None=None, # seconds of each frame; None: the file's own
 ) -> Iterator[Frame]:
-    "The frames of a file, one at a time (source: ours); raises ValueError for a clock that is shorter than the film."
+    "The frames of a file, one at a time (source: ours); raises MediaError for a file that cannot be read to its end, and where film and clock are not of one length."
     import av
-    with av.open(str(path)) as container:
-        for i, frame in enumerate(container.decode(video=0)):
-            if clock is not None and i >= len(clock): raise ValueError(f'{Path(path).name}: more frames than the {len(clock)} times of its clock: it belongs to another video')
-            yield frame.to_ndarray(format='rgb24'), float(frame.time if clock is None else clock[i])
+    n, most = 0, None if clock is None else len(clock)
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video: raise MediaError(path, 'holds no video')
+            for n, frame in enumerate(container.decode(video=0), 1):
+                if most is not None and n > most: raise MediaError(path, f'more frames than the {most} times of its clock: it belongs to another video')
+                yield frame.to_ndarray(format='rgb24'), float(frame.time if clock is None else clock[n - 1])
+    except av.error.FFmpegError as e: raise MediaError(path, f'breaks off behind frame {n}: {e.strerror or e}') from e
+    if most is not None and n < most: raise MediaError(path, f'ends behind frame {n}, its clock goes on to frame {most}')
 
 def paced(
     frames:Iterable[Frame],
@@ -55,15 +61,17 @@ class Watcher:
     "The 3-D CNN over one film that is still going on."
     def __init__(self, model:StreamVLM, sideways:bool=False):
         self.cnn, self.sideways, self.state, self.held = model.cnn, sideways, None, []
-        self.first: float | None = None
-        self.due = 0.
+        self.first: float | None = None # seconds
+        self.last = self.due = 0.
 
     def see(self,
         picture:np.ndarray, # [h, w, 3] 8-bit RGB
         at:float, # seconds
     ) -> torch.Tensor | None: # [1, 1, P, C] with every fourth frame that is used
-        "Takes a frame (source: spec section 3.1)."
-        if self.first is None: self.first = at
+        "Takes a frame (source: spec section 3.1); raises ValueError for a time that is no number or goes back."
+        if self.first is None: self.first = self.last = at
+        if not at >= self.last: raise ValueError(f'a frame of second {at} behind one of second {self.last}: a clock only goes forward')
+        self.last = at
         if at - self.first < self.due: return None
         self.due += 1/RATE
         self.held.append(torch.from_numpy(frame_pixels(picture, self.sideways)))
@@ -84,7 +92,7 @@ class Spoken:
     "One feedback."
     text: str
     at: float # clock of the step that caused it
-    latency: float # seconds from when that step's last frame was there to when the feedback was complete
+    latency: float # seconds from when that step's last frame was there, or should have been asked for, to when the feedback was complete
 
 @dataclass
 class LiveReport:
@@ -94,12 +102,26 @@ class LiveReport:
     calls: int = 0 # of the language model
     film_s: float = 0.
     work_s: float = 0. # all that was done between getting a frame and asking for the next
+    cpu_s: float = 0. # of the whole process since the first frame, decoding of the video included
+    late_s: float = 0. # how far the coach was behind the clock after the last frame
+    latest_s: float = 0. # the same where it was farthest behind
+    error: str = '' # why the film ended, where it should have gone on
     feedbacks: list[Spoken] = field(default_factory=list)
 
     @property
     def real_time_factor(self) -> float:
-        "Seconds of work a second of film; it keeps up below 1."
+        "Seconds of work a second of film."
         return self.work_s/self.film_s if self.film_s else 0.
+
+    @property
+    def cpu_factor(self) -> float:
+        "CPU seconds a second of film, whoever else is at work on the machine."
+        return self.cpu_s/self.film_s if self.film_s else 0.
+
+    @property
+    def keeps_up(self) -> bool:
+        "Whether the coach was less than a step behind when the film ended."
+        return self.late_s < GROUP/RATE
 
     @property
     def latency(self) -> float:
@@ -119,23 +141,32 @@ class Coach:
         self.reader = ModelReader(model.net, [torch.zeros(0, 1, model.cnn.width)])
         self.streams = Streams(self.reader, [prompt], rules, Ahead(), drafts)
         self.row, self.told = self.streams.rows[0], len(prompt.ids)
+        self.begun: tuple[float, float] | None = None # when second 0 of the clock was; CPU seconds then
 
     def take(self,
         picture:np.ndarray, # [h, w, 3] 8-bit RGB
         at:float, # seconds
     ) -> list[Spoken]: # what is said now, mostly nothing
         "Takes a frame."
-        begun, said, maps = time.perf_counter(), [], self.watcher.see(picture, at)
+        here, said, maps = time.perf_counter(), [], self.watcher.see(picture, at)
+        if self.begun is None: self.begun = here - at, time.process_time()
+        due = self.begun[0] + at # a camera does not wait: what is late was there before
         if maps is not None:
             self.reader.add(maps)
             self.row.available += 1
             self.streams.advance()
-            said = [Spoken(text, at, time.perf_counter() - begun) for text in self._new()]
-        r = self.report
-        r.feedbacks += said
-        r.work_s += time.perf_counter() - begun
-        r.film_s, r.steps, r.calls, r.tokens = at - self.watcher.first, self.row.available, self.streams.calls, tuple(self.row.tokens)
+            said = [Spoken(text, at, time.perf_counter() - min(here, due)) for text in self._new()]
+        self.report.feedbacks += said
+        self._note(here, due, at)
         return said
+
+    def _note(self, here:float, due:float, at:float) -> None:
+        "Keeps the account."
+        r, now = self.report, time.perf_counter()
+        r.work_s += now - here
+        r.late_s = max(0., now - due)
+        r.latest_s, r.cpu_s, r.film_s = max(r.latest_s, r.late_s), time.process_time() - self.begun[1], at - self.watcher.first
+        r.steps, r.calls, r.tokens = self.row.available, self.streams.calls, tuple(self.row.tokens)
 
     def _new(self) -> list[str]:
         "The feedbacks that were completed since the last look."
@@ -156,8 +187,10 @@ def coach(
     sideways:bool=False,
     say:Callable[[Spoken], None]=lambda spoken: None, # called with each feedback at once
 ) -> LiveReport:
-    "Watches a film to its end."
+    "Watches a film to its end; one that breaks off leaves a report with `error`."
     at_work = Coach(model, prompt, rules, drafts, sideways)
-    for picture, at in frames:
-        for spoken in at_work.take(picture, at): say(spoken)
+    try:
+        for picture, at in frames:
+            for spoken in at_work.take(picture, at): say(spoken)
+    except MediaError as e: at_work.report.error = f'media: {Path(e.path).name}: {e.why}'
     return at_work.report
