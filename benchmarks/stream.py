@@ -7,13 +7,16 @@ Compared:
   ahead     run-ahead over silence, one film at a time
   drafts    run-ahead and drafts of known texts, one film at a time
   batch     the same with all films in one batch
-Tokens must be equal, all of them, before anything is timed. `silence` counts calls of films that show nothing. `live` is a film of 8 s with the 3-D CNN at an eighth of its width, frame by frame through `fitcoach.live`.
+Tokens must be equal, all of them, before anything is timed; `closest_race` is the smallest lead of the likeliest token over the second in any choice of the plain loop, to be read beside the rounding of float32. `silence` counts calls of films that
+show nothing. `live` is a video file at the speed of time through `fitcoach.live`, with the 3-D CNN at an eighth of its width.
 
-`--base FOLDER` takes another Llama of `transformers` instead of the tiny one (any size; it is given action tokens and cross-attention and taught in the same way), `--device cuda` a GPU.
+`--base` takes another Llama, taught in the same way: a folder of `transformers` or a GGUF file (row `stream_llama`). `--trained` takes a checkpoint as `save_stream_vlm` writes it, such as `vlm_repro/assets/tiny/fitcoach`, with the clips and
+workouts of the drawn world (row `stream_trained`). `--keep FOLDER` keeps what was taught, for the next run. `--device cuda` takes a GPU.
 """
 import argparse
-import time
+import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench import arguments, finish, hot_spots, interleaved, least, now, one_thread, require, versions
@@ -21,163 +24,141 @@ from bench import arguments, finish, hot_spots, interleaved, least, now, one_thr
 one_thread()
 
 import torch  # noqa: E402  (threads are set before torch is imported)
+from stream_models import CHANNELS, PLACES, TEXTS, Clip, Films, Speech, Teaching, loaded, taught, tiny, trained, world_clips, world_split  # noqa: E402
 
-CHANNELS, PLACES, TEXTS, RATE = 32, 35, 48, 4
-STEPS, SIGNS, WORKOUT = 130, 5, 860
-WORDS = "keep lower lift your the hips knees back arms chest elbows straight bent slow fast and now more little deeper higher breathe hold steady good work nice push through heel toes core tight shoulders down up side".split()
-OPENINGS = ("keep your", "lower your", "lift the", "good work and", "now push", "nice")
-
-
-def texts_of(rng: Any) -> list[str]:
-    """Feedbacks of about twelve words; eight begin alike."""
-    return [" ".join([OPENINGS[k % len(OPENINGS)], *rng.choices(WORDS, k=rng.randint(8, 11))]) for k in range(TEXTS)]
+RATE = 4
+STEPS, SIGNS, WORKOUT, WORKOUT_SIGNS = 130, 5, 860, 35
 
 
-def tiny(device: str) -> tuple[Any, Any]:
-    """A Llama of three layers, and a tokenizer with one token a word."""
-    import tokenizers
-    import transformers as hf
-    from tokenizers import models, pre_tokenizers
-
-    from vlm_repro.fitcoach.actions import add_actions
-    inner = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<s>", "<unk>", "coach", *WORDS])}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>")
-    add_actions(tokenizer)
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=4096)
-    return hf.LlamaForCausalLM(config).to(device), tokenizer
+def ways_of(speech: Speech, clips: list[Clip]) -> dict[str, Any]:
+    return {"plain": lambda: speech.plain(clips), "ahead": lambda: speech.ours(clips, False, 1), "drafts": lambda: speech.ours(clips, True, 1), "batch": lambda: speech.ours(clips, True, len(clips))}
 
 
-def loaded(base: Path, device: str) -> tuple[Any, Any]:
-    """Another Llama, with the action tokens."""
-    import transformers as hf
+def closest_race(speech: Speech, clips: list[Clip]) -> tuple[dict[str, Any], float]:
+    """The plain loop, and the smallest lead of a first token over the second."""
+    leads: list[float] = []
 
-    from vlm_repro.fitcoach.actions import add_actions
-    from vlm_repro.fitcoach.model import fit_embeddings
-    tokenizer, net = hf.AutoTokenizer.from_pretrained(base), hf.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    add_actions(tokenizer)
-    fit_embeddings(net, tokenizer)
-    return net.to(device), tokenizer
+    def race(_: Any, __: Any, logits: torch.Tensor) -> None:
+        first, second = logits[0, -1].float().topk(2).values.tolist()
+        leads.append(first - second)
 
-
-class Films:
-    """Films whose steps show the sign of a text, or nothing."""
-    def __init__(self, seed: int):
-        import random
-        self.texts = texts_of(random.Random(7))
-        self.signs = torch.nn.functional.normalize(torch.randn(TEXTS, CHANNELS, generator=torch.Generator().manual_seed(7)), dim=1)*3
-        self.rng, self.noise = random.Random(seed), torch.Generator().manual_seed(seed)
-
-    def film(self, steps: int, signs: int) -> tuple[torch.Tensor, list[tuple[int, str]]]:
-        """A film, and what is to be said at which step."""
-        film = torch.randn(steps, PLACES, CHANNELS, generator=self.noise)*.3
-        at = sorted(self.rng.sample(range(2, steps - 2), signs))
-        which = [min(int(self.rng.expovariate(4/TEXTS)), TEXTS - 1) for _ in at]  # some texts are said far more often
-        for step, k in zip(at, which): film[step] += self.signs[k]
-        return film, [(step, self.texts[k]) for step, k in zip(at, which)]
+    hook = speech.net.get_output_embeddings().register_forward_hook(race)
+    try: return speech.plain(clips), min(leads)
+    finally: hook.remove()
 
 
-class Speech:
-    """A model, what it reads, and how it is asked."""
-    def __init__(self, net: Any, tokenizer: Any, device: str):
-        from vlm_repro.fitcoach.actions import Rules, action_tokens
-        from vlm_repro.fitcoach.cross_attention import Looking, add_looking
-        from vlm_repro.fitcoach.decode import stream_prompt
-        layers = len(net.model.layers)
-        self.net, self.tokenizer, self.device = add_looking(net, Looking(tuple(range(0, layers, max(1, layers//9))), CHANNELS)), tokenizer, device
-        self.acts = action_tokens(tokenizer)
-        self.rules, self.prompt = Rules(self.acts, 32), stream_prompt([tokenizer.bos_token_id or 0, *self.ids("coach")], self.acts)
-
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def teach(self, updates: int, steps: int, signs: int, rows: int, rate: float) -> float:
-        """Teaches it to say the texts of the signs; the last losses."""
-        from vlm_repro.fitcoach.train_sequence import lesson, lesson_batch, stream_loss
-        films, losses = Films(1), []
-        learner = torch.optim.AdamW(self.net.parameters(), rate, betas=(.9, .95))
-        plan = torch.optim.lr_scheduler.OneCycleLR(learner, rate, total_steps=updates, pct_start=.1)
-        self.net.train()
-        for _ in range(updates):
-            drawn = [films.film(steps, signs) for _ in range(rows)]
-            lessons = [lesson(self.prompt, [t for _, t in said], [float(k) for k, _ in said], [float(k) for k in range(steps)], self.ids, self.acts) for _, said in drawn]
-            batch = {k: v.to(self.device) for k, v in lesson_batch(lessons, [film for film, _ in drawn]).items()}
-            loss = stream_loss(self.net, batch, self.acts)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.)
-            learner.step()
-            plan.step()
-            learner.zero_grad()
-            losses.append(loss.item())
-        self.net.eval()
-        return sum(losses[-5:])/len(losses[-5:])
-
-    def known(self) -> Any:
-        """Drafts of all texts, as often as they are said."""
-        from vlm_repro.fitcoach.drafts import Drafts
-        return Drafts([self.ids(t) for k, t in enumerate(Films(1).texts) for _ in range(1 + (TEXTS - k)//8)], self.acts.end)
-
-    def plain(self, films: list[torch.Tensor]) -> dict[str, Any]:
-        """The published loop, film by film."""
-        from vlm_repro.fitcoach.decode import plain_stream
-        return self.summed([plain_stream(self.net, self.prompt, f, self.rules) for f in films])
-
-    def ours(self, films: list[torch.Tensor], drafts: bool, rows: int) -> dict[str, Any]:
-        """Running ahead, some films at a time."""
-        from vlm_repro.fitcoach.runahead import ModelReader, decode_streams
-        known, out, calls = self.known() if drafts else None, [], 0
-        for part in (films[i:i + rows] for i in range(0, len(films), rows)):
-            held = decode_streams(ModelReader(self.net, part), [self.prompt]*len(part), [len(f) for f in part], self.rules, drafts=known)
-            out, calls = out + held, calls + held[0].calls
-        return {**self.summed(out), "calls": calls}
-
-    def summed(self, held: list[Any]) -> dict[str, Any]:
-        return {"tokens": [s.tokens for s in held], "calls": sum(s.calls for s in held)}
-
-
-def ways_of(speech: Speech, films: list[torch.Tensor]) -> dict[str, Any]:
-    return {"plain": lambda: speech.plain(films), "ahead": lambda: speech.ours(films, False, 1), "drafts": lambda: speech.ours(films, True, 1), "batch": lambda: speech.ours(films, True, len(films))}
-
-
-def compare(speech: Speech, films: list[torch.Tensor], exact: bool) -> dict[str, Any]:
+def compare(speech: Speech, clips: list[Clip], exact: bool) -> dict[str, Any]:
     """Every way once, the same tokens from all; calls of each."""
-    held = {name: way() for name, way in ways_of(speech, films).items()}
-    other = {name: sum(a != b for a, b in zip(seen["tokens"], held["plain"]["tokens"])) for name, seen in held.items()}
-    require(not exact or not any(other.values()), f"films with other tokens than the plain loop's: {other}")
-    tokens = [t for s in held["plain"]["tokens"] for t in s]
-    said = tokens.count(speech.acts.answer)
-    return {"films": len(films), "that_differ": other, "steps": sum(map(len, films)), "feedbacks": said, "text_tokens": len(tokens) - tokens.count(speech.acts.vision) - 2*said - (len(speech.prompt.ids) - 1)*len(films),
+    plain, closest = closest_race(speech, clips)
+    held = {name: plain if name == "plain" else way() for name, way in ways_of(speech, clips).items()}
+    other = {name: sum(a != b for a, b in zip(seen["tokens"], plain["tokens"])) for name, seen in held.items()}
+    require(not exact or not any(other.values()), f"films with other tokens than the plain loop's: {other}; the closest race was {closest:.1e}")
+    acts, tokens = speech.rules.actions, [t for c, s in zip(clips, plain["tokens"]) for t in s[len(c.prompt.ids):]]
+    said = tokens.count(acts.answer)
+    return {"films": len(clips), "that_differ": other, "closest_race": closest, "steps": sum(len(c.film) for c in clips), "feedbacks": said, "text_tokens": len(tokens) - tokens.count(acts.vision) - 2*said,
             "calls": {name: seen["calls"] for name, seen in held.items()}}
 
 
-def live(seconds: int) -> dict[str, float]:
-    """A film through the CNN at an eighth of its width and a tiny model, as fast as it goes."""
-    import numpy as np
+def talker(device: str) -> Any:
+    """A tiny model with eyes at an eighth of their width; its weights are drawn at random and made to prefer the action tokens, so that it looks on and speaks."""
     import transformers as hf
 
-    from vlm_repro.fitcoach.actions import Rules
     from vlm_repro.fitcoach.cross_attention import Looking
-    from vlm_repro.fitcoach.decode import stream_prompt
-    from vlm_repro.fitcoach.live import coach
     from vlm_repro.fitcoach.model import Eyes, stream_vlm
     tokenizer = tiny("cpu")[1]
-    config = hf.LlamaConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
-    model = stream_vlm(config, tokenizer, Looking((0, 1, 2), 64), Eyes(1/8, 64))
-    frames = np.random.default_rng(0).integers(0, 256, (24, 360, 640, 3), dtype=np.uint8)
-    cpu = time.process_time()
-    held = coach(model, ((frames[k % 24], k/24) for k in range(24*seconds)), stream_prompt([0, 2], model.actions), Rules(model.actions, 16))
-    return {"film_s": held.film_s, "work_s": held.work_s, "real_time_factor": held.real_time_factor, "cpu_factor": (time.process_time() - cpu)/held.film_s, "steps": held.steps, "calls": held.calls, "feedbacks": len(held.feedbacks), "latency_s": held.latency}
+    config = hf.LlamaConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, initializer_range=.2)
+    model = stream_vlm(config, tokenizer, Looking((0, 1, 2), 64), Eyes(1/8, 64), 4)
+    a, head = model.actions, model.net.lm_head.weight
+    with torch.no_grad():
+        head[a.vision] *= 3
+        head[a.answer] = head[a.vision] + 3*head[a.answer]
+    model.net.to(device), model.cnn.to(device)
+    return model
+
+
+def bouncing(path: Path, seconds: int) -> list[float]:
+    """A video of 640 by 360 at 24 pictures a second; its clock."""
+    import numpy as np
+
+    from vlm_repro.core.video import write_clip
+    ground, times = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8).repeat(40, 0).repeat(40, 1), np.arange(24*seconds)/24
+
+    def picture(at: float) -> Any:
+        out, top, left = ground.copy(), int(240*abs(np.sin(2*at))), int(260 + 100*np.sin(at))
+        out[top:top + 120, left:left + 120] = (250, 120, 40)
+        return out
+
+    write_clip(path, (picture(at) for at in times), 24)
+    return times.tolist()
+
+
+def watched(model: Any, video: Path, clock: list[float], prompt: Any, rules: Any, drafts: Any = None, sideways: bool = False) -> dict[str, Any]:
+    """A video file at the speed of time."""
+    from vlm_repro.fitcoach.live import coach, paced, video_frames
+    held = coach(model, paced(video_frames(video, clock)), prompt, rules, drafts, sideways)
+    require(not held.error, held.error)
+    return {"film_s": held.film_s, "work_s": held.work_s, "real_time_factor": held.real_time_factor, "cpu_factor": held.cpu_factor, "keeps_up": held.keeps_up, "late_s": held.late_s, "latest_s": held.latest_s, "steps": held.steps, "calls": held.calls,
+            "feedbacks": len(held.feedbacks), "latency_s": held.latency, "median_latency_s": median(f.latency for f in held.feedbacks) if held.feedbacks else 0.}
+
+
+def live_drawn(options: argparse.Namespace) -> dict[str, Any]:
+    """A drawn video, and a model that says something."""
+    from vlm_repro.fitcoach.actions import Rules
+    from vlm_repro.fitcoach.decode import stream_prompt
+    model = talker(options.device)
+    with tempfile.TemporaryDirectory() as folder:
+        clock = bouncing(Path(folder)/"film.mp4", 3 if options.quick else 20)
+        return watched(model, Path(folder)/"film.mp4", clock, stream_prompt([0, 2], model.actions), Rules(model.actions, 16))
+
+
+def of_world(options: argparse.Namespace) -> tuple[Speech, dict[str, list[Clip]], dict[str, Any]]:
+    """A trained checkpoint, the clips and workouts of the drawn world, and how it coaches one of its videos at the speed of time."""
+    from vlm_repro.fitcoach.actions import Rules
+    from vlm_repro.fitcoach.annotations import sessions_in
+    from vlm_repro.fitcoach.clock import read_clock
+    from vlm_repro.fitcoach.data import label_file, split_folder
+    from vlm_repro.fitcoach.drafts import Drafts
+    from vlm_repro.fitcoach.features import source_of
+    from vlm_repro.fitcoach.model import load_stream_vlm
+    from vlm_repro.fitcoach.world import Size, default_world
+    model, root = load_stream_vlm(options.trained, device=options.device), default_world(size=Size(test=1, train=1, short=0, seconds=(4., 5.))) if options.quick else default_world()
+    with tempfile.TemporaryDirectory() as folder:
+        features = world_split(root, model, Path(folder))
+        sets = {"clips": world_clips(model, root, features, "single_exercise")[:options.films], "workouts": world_clips(model, root, features, "full_workout")[:options.workouts]}
+    speech, split = trained(model, root), split_folder(root, "test")
+    source = source_of(next(iter(sessions_in(label_file(split, "test")))), split)
+    seen = watched(model, source.video, read_clock(source.clock).tolist(), sets["workouts"][0].prompt, Rules(model.actions), Drafts(speech.known, model.actions.end), source.sideways)
+    return speech, sets, {"base": options.trained.name, "live": seen}
 
 
 def parsed() -> argparse.Namespace:
     parser = arguments("Time streams of feedback.", rounds=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--base", type=Path, help="folder of another Llama")
+    parser.add_argument("--base", type=Path, help="another Llama: a folder, or a GGUF file")
+    parser.add_argument("--trained", type=Path, help="folder of a trained checkpoint with its own eyes")
+    parser.add_argument("--keep", type=Path, help="folder for what was taught")
     parser.add_argument("--films", type=int, default=16)
     parser.add_argument("--workouts", type=int, default=2)
     parser.add_argument("--updates", type=int, default=220)
     return parser.parse_args()
+
+
+def teaching_of(options: argparse.Namespace) -> Teaching:
+    """How the model is taught: in fewer and shorter steps where it is large."""
+    if options.quick: return Teaching(4, 48, 3, 4, 4e-3)
+    return Teaching(options.updates, 56, 5, 1, 6e-4) if options.base else Teaching(options.updates, STEPS, SIGNS, 6, 4e-3)
+
+
+def drawn(options: argparse.Namespace) -> tuple[Speech, dict[str, list[Clip]], dict[str, Any]]:
+    """A model that was taught here, the films of each comparison, and how it was taught."""
+    teaching, name = teaching_of(options), options.base.name if options.base else "tiny"
+    speech, prompt, how = taught(*(loaded(options.base, options.device) if options.base else tiny(options.device)), teaching, options.device, options.keep, name)
+    about = {"base": name, "taught": {"updates": teaching.updates, "steps": teaching.steps, "films": teaching.rows, **how}}
+    films, n = Films(2), 3 if options.quick else options.films
+
+    def clips(count: int, steps: int, signs: int) -> list[Clip]: return [Clip(films.film(steps, signs)[0], prompt) for _ in range(count)]
+
+    return speech, {"clips": clips(n, STEPS, SIGNS), "silence": clips(2, STEPS, 0), "workouts": clips(1, STEPS, SIGNS) if options.quick else clips(options.workouts, WORKOUT, WORKOUT_SIGNS)}, about
 
 
 def slim(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -187,26 +168,19 @@ def slim(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     options, begun = parsed(), now()
     torch.set_num_threads(1)
-    n, updates = (3, 4) if options.quick else (options.films, options.updates)
-    speech = Speech(*(loaded(options.base, options.device) if options.base else tiny(options.device)), options.device)
-    start = time.perf_counter()
-    loss = speech.teach(updates, 48 if options.quick else STEPS, 3 if options.quick else SIGNS, 4 if options.quick else 6, 3e-4 if options.base else 4e-3)
-    taught = {"updates": updates, "loss": loss, "seconds": time.perf_counter() - start}
-    drawn, exact = Films(2), options.device == "cpu"
-    films = [drawn.film(STEPS, SIGNS)[0] for _ in range(n)]
-    clips = compare(speech, films, exact)
-    silence = compare(speech, [drawn.film(STEPS, 0)[0] for _ in range(2)], exact)
-    workouts = compare(speech, [drawn.film(WORKOUT, 35)[0] for _ in range(1 if options.quick else options.workouts)], exact) if not options.quick else clips
-    rounds = slim(interleaved(ways_of(speech, films), 1 if options.quick else options.rounds, "clips"))
-    seen, film_s = live(2 if options.quick else 8), n*STEPS/RATE
-    calls = clips["calls"]
-    figures = {"ahead_calls": calls["plain"]/calls["ahead"], "draft_calls": calls["plain"]/calls["drafts"], "workout_calls": workouts["calls"]["plain"]/workouts["calls"]["drafts"],
-               "batch_cpu_s": least(rounds, "plain", "cpu_s")/least(rounds, "batch", "cpu_s"), "batch_wall_s": least(rounds, "plain")/least(rounds, "batch"), "live_factor": seen["real_time_factor"]}
-    finish("stream", options, begun, figures, lambda: hot_spots(lambda: speech.ours(films, True, n)), versions=versions("torch", "transformers"),
-           sizes={"clip_steps": STEPS, "workout_steps": WORKOUT, "channels": CHANNELS, "places": PLACES, "texts": TEXTS, "parameters": sum(p.numel() for p in speech.net.parameters()), "device": options.device,
-                  "base": options.base.name if options.base else "tiny"},
-           taught=taught, equal={"clips": clips, "silence": silence, "workouts": workouts}, live=seen,
-           real_time_factor={name: least(rounds, name, "cpu_s")/film_s for name in rounds[0]}, rounds=rounds)
+    id = "stream_trained" if options.trained else "stream_llama" if options.base else "stream"
+    speech, sets, about = of_world(options) if options.trained else drawn(options)
+    equal = {name: compare(speech, clips, options.device == "cpu") for name, clips in sets.items()}
+    clips, film_s = sets["clips"], equal["clips"]["steps"]/RATE
+    rounds = slim(interleaved(ways_of(speech, clips), 1 if options.quick else options.rounds, "clips"))
+    calls, workouts = equal["clips"]["calls"], equal["workouts"]["calls"]
+    figures = {"ahead_calls": calls["plain"]/calls["ahead"], "draft_calls": calls["plain"]/calls["drafts"], "workout_calls": workouts["plain"]/workouts["drafts"],
+               "batch_cpu_s": least(rounds, "plain", "cpu_s")/least(rounds, "batch", "cpu_s"), "batch_wall_s": least(rounds, "plain")/least(rounds, "batch")}
+    seen = {} if options.base else {"live": about.pop("live", None) or live_drawn(options)}
+    if seen: figures |= {"live_factor": seen["live"]["real_time_factor"], "live_cpu_factor": seen["live"]["cpu_factor"], "live_late_s": seen["live"]["late_s"]}
+    finish(id, options, begun, figures, lambda: hot_spots(lambda: speech.ours(clips, True, len(clips))), versions=versions("torch", "transformers"),
+           sizes={"clip_steps": STEPS, "workout_steps": WORKOUT, "channels": CHANNELS, "places": PLACES, "texts": TEXTS, "parameters": sum(p.numel() for p in speech.net.parameters()), "device": options.device, **about},
+           equal=equal, real_time_factor={name: least(rounds, name, "cpu_s")/film_s for name in rounds[0]}, rounds=rounds, **seen)
 
 
 if __name__ == "__main__":
