@@ -85,7 +85,7 @@ SYSTEM_SHA256 = '900c7ac28ccac31c6a1538cbf5a56e1abc9c6ff0f4b98c8caed1eb73903442e
 LLM_PROMPT = JudgePrompt(
     'You grade what a virtual fitness coach says. Compare the predicted feedback with the true one. It is right if it tells the exerciser the same thing: other words with the same meaning count, and so do numbers '
     'written as digits or in words.',
-    'True feedback: {gold}\nPredicted feedback: {prediction}\nGrade the prediction from 1 (nothing in common) to 5 (the same advice). Reply with the number alone.', 'ours')
+    'True feedback: {gold}\nPredicted feedback: {prediction}\nGrade the prediction from 1 (nothing in common) to 5 (the same advice). Reply with {\'score\': n} for the grade n, and nothing else.', 'ours')
 
 def judge_items(
     id:str, # of the clip
