@@ -48,6 +48,14 @@ def left_out(key: str, got: Any) -> bool:
     return found is not None
 
 
+def why_left_out(what: str) -> str:
+    "What was left out, and for METEOR why, with what would bring it."
+    from vlm_repro.metrics.meteor import meteor_absence
+    from vlm_repro.metrics.meteor_nltk import meteor_nltk_absence
+    why = {LEFT_OUT['METEOR']: meteor_absence, LEFT_OUT['meteor']: meteor_nltk_absence}.get(what, str)()
+    return f'{what} ({why})' if why else what
+
+
 left_out.counts = Counter()
 
 
@@ -105,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in topics(options.folder, options.only):
         results.append(result := run_topic(path, options.data))
         print(f'{result.name}: {result.passed}/{result.total}', flush=True)
-        for what, n in left_out.counts.items(): print(f'  {result.name}: not compared {n} times: {what}', file=sys.stderr, flush=True)
+        for what, n in left_out.counts.items(): print(f'  {result.name}: not compared {n} times: {why_left_out(what)}', file=sys.stderr, flush=True)
         left_out.counts.clear()
         for reason in result.reasons[:3]: print(f'  {result.name} {reason}', file=sys.stderr, flush=True)
     passed, total = sum(r.passed for r in results), sum(r.total for r in results)

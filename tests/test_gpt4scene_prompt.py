@@ -17,7 +17,7 @@ from vlm_repro.gpt4scene.recipes import SOURCES, differences
 from vlm_repro.gpt4scene.rows import BENCHMARKS, sample_of, val_row
 from vlm_repro.gpt4scene.task import Gpt4SceneSettings, prompt_settings
 from vlm_repro.gpt4scene.train_data import conversations, described, find_training
-from vlm_repro.gpt4scene.views import view_path
+from vlm_repro.gpt4scene.views import plan_frames, view_path
 from vlm_repro.gpt4scene.world import list_name, training_name
 from vlm_repro.gpt4scene.zero_shot import grid_of
 from vlm_repro.models.inputs import VisualCounter
@@ -106,6 +106,14 @@ def test_frames_are_chosen_evenly_and_the_view_from_above_stays(media, n):
     kept = fewer_frames(media, n)
     assert is_bev(kept[0]) and len(kept) == n + 1 and kept[1] == media[1]
     assert list(kept[1:]) == list(media[1::32//n])
+
+
+@pytest.mark.parametrize('total', [1, 5, 7, 20, 31])
+def test_a_scene_with_other_numbers_of_frames_keeps_the_published_rule(media, total):
+    kept = fewer_frames(media[:total + 1], 8)
+    assert kept[0] == media[0] and list(kept[1:]) == [media[1 + i] for i in plan_frames(total, 8)] and len(kept) == 1 + min(total, 8)
+    assert fewer_frames(media[:1], 8) == (media[0],)
+    with pytest.raises(ValueError, match='0 frames'): fewer_frames(media, 0)
 
 
 def test_what_the_builder_writes_is_told_apart():

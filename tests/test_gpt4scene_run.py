@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,24 @@ def test_chunk_files_are_scored_as_a_run(whole, root, tmp_path):
     with pytest.raises(DataError, match='another run, or of another release'): score_files('gpt4scene', whole.path('upstream'), tmp_path/'no', data_root=str(other))
 
 
+def test_a_folder_without_a_benchmark_is_refused_until_it_is_named(whole, root, tmp_path):
+    """A process that failed at once leaves no folder; the rest must not look like a whole run."""
+    files = tmp_path/'my_model'
+    shutil.copytree(whole.path('upstream'), files)
+    shutil.rmtree(files/'qwenvl_scan2cap')
+    asked = {'data_root': str(root), 'meteor': False}
+    with pytest.raises(DataError, match='my_model has no qwenvl_scan2cap: 4 of 5 benchmarks are there.*benchmark=scanqa,sqa3d,scanrefer,multi3dref'): score_files('gpt4scene', files, tmp_path/'no', **asked)
+    with pytest.raises(DataError, match='0 of 1 benchmarks'): score_files('gpt4scene', files, tmp_path/'no', benchmark='scan2cap', **asked)
+    assert not (tmp_path/'no').exists()
+    some = score_files('gpt4scene', files, tmp_path/'some', benchmark='scanqa,sqa3d', **asked)
+    one = score_files('gpt4scene', files/'qwenvl_scanqa', tmp_path/'one', **asked)
+    for run, tables in ((some, {'ScanQA', 'SQA3D'}), (one, {'ScanQA'})):
+        run.close()
+        assert {r['table'] for r in table_of(run)} == tables
+        kept = {(r['table'], r['column'], r['variant'], r['cluster']): r['value'] for r in table_of(run)}
+        assert kept == {k: r['value'] for r in table_of(whole) if (k := (r['table'], r['column'], r['variant'], r['cluster']))[0] in tables}
+
+
 def test_scoring_again_reads_the_same_answers(whole, tmp_path):
     again = rescore(whole.root, tmp_path/'again', plain_ids=True)
     again.close()
@@ -145,6 +164,53 @@ def test_a_list_that_does_not_exist_is_named(root, tmp_path):
     with pytest.raises(DataError, match='there is none'): fitting_list([], Gpt4SceneSettings())
     sample = load_questions(settings_of(root, bev=False, limit=1)).samples[0]
     assert not any(map(is_bev, sample.media))
+
+
+def test_a_list_named_by_hand_may_not_contradict_the_marks(root):
+    from vlm_repro.gpt4scene.truth import annotation_folder
+    bare, marked = 'selected_images_3D_val_8.json', 'selected_images_mark_3D_val_8.json'
+    assert all((annotation_folder(root)/name).is_file() for name in (bare, marked))
+    with pytest.raises(DataError, match='with numbers and marks=False; set marks to True'): load_questions(settings_of(root, listed=marked, marks=False))
+    with pytest.raises(DataError, match='without numbers and marks=True; set marks to False'): load_questions(settings_of(root, listed=bare))
+    assert load_questions(settings_of(root, listed=bare, marks=False, limit=1)).identity['list'] == bare
+
+
+def shortened(root, **kept):
+    """The world's list with fewer pictures of some scenes; a slice for each."""
+    path = next(root.rglob('selected_images_mark_3D_val_8.json'))
+    listed = json.loads(path.read_text())
+    scenes = sorted(listed)
+    path.write_text(json.dumps({scene: [p for i, p in enumerate(listed[scene]) if i in kept.get(f'scene_{k}', range(99))] for k, scene in enumerate(scenes)}))
+    return scenes
+
+
+def test_a_scene_with_few_frames_is_asked_with_those_it_has(tmp_path, tiny):
+    root = build_world(tmp_path/'w', 9, Size(train_rooms=0, val_rooms=2))
+    short, other = shortened(root, scene_0=range(6))
+    data = load_questions(settings_of(root))
+    assert {s.meta['scene']: len(s.media) for s in data.samples} == {short: 6, other: 9}
+    assert [(p.label, p.dropped) for p in data.problems] == [('few_frames', False)] and short in data.problems[0].where and '5 frames, others have 8; 5 of them are shown' in str(data.problems[0])
+    assert data.identity['left_out'] == 0 and {len(s.media) for s in load_questions(settings_of(root, frames=2)).samples} == {3}
+    run = complete_run(TASK, settings_of(root, limit=4, max_new_tokens=4), tiny, tmp_path/'run', 5)
+    assert {row['error'] for row in run.rows('predictions')} == {None}
+
+
+@pytest.mark.parametrize(('kept', 'label'), [(range(1), 'few_frames'), (range(1, 9), 'no_view')])
+def test_a_scene_without_pictures_is_left_out_and_said(tmp_path, kept, label):
+    root = build_world(tmp_path/'w', 9, Size(train_rooms=0, val_rooms=2))
+    gone, other = shortened(root, scene_0=kept)
+    data = load_questions(settings_of(root))
+    assert {s.meta['scene'] for s in data.samples} == {other} and [(p.label, p.dropped) for p in data.problems] == [(label, True)]
+    assert data.identity['left_out'] == data.identity['n'] - data.identity['asked'] > 0
+    assert 'questions' in claim(settings_of(root), data.identity, ['ours']).split
+
+
+def test_a_list_without_the_pictures_asked_for_is_refused_as_a_whole(tmp_path):
+    root = build_world(tmp_path/'w', 9, Size(train_rooms=0, val_rooms=2))
+    shortened(root, scene_0=range(6), scene_1=range(6))
+    with pytest.raises(DataError, match='8 frames cannot be chosen evenly out of 5'): load_questions(settings_of(root))
+    shortened(root, scene_0=range(1, 9), scene_1=range(1, 9))
+    with pytest.raises(DataError, match='has no view from above; set bev to False'): load_questions(settings_of(root, frames=5, listed='selected_images_mark_3D_val_8.json'))
 
 
 def test_a_missing_picture_fails_its_scene_and_no_other(tmp_path, tiny):

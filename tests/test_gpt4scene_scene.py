@@ -10,9 +10,10 @@ import pytest
 import trimesh
 from PIL import Image
 
+from vlm_repro.core.jsonl import DataError
 from vlm_repro.gpt4scene.marks import Mark, MarkStyle, draw_marks, mask_mark
-from vlm_repro.gpt4scene.own import fuse_depth, read_folder, write_folder
-from vlm_repro.gpt4scene.proposals import scene_attributes
+from vlm_repro.gpt4scene.own import fuse_depth, read_folder, write_folder, write_masks
+from vlm_repro.gpt4scene.proposals import class_names, read_mask3d, scene_attributes
 from vlm_repro.gpt4scene.render import Caster, ceiling_height, pinhole, project, scaled, top_view
 from vlm_repro.gpt4scene.rooms import SHADING, Piece, Room, looking, room_mesh, room_scene, sample_room
 from vlm_repro.gpt4scene.scannet import read_objects, read_scene, write_scan
@@ -164,6 +165,27 @@ def test_filters_leave_marks_out(made, views):
     large = make_views(*made, replace(OPTIONS, least_share=.05))
     assert all(m.share >= .05 for v in large.frames for m in v.marks)
     assert sum(len(v.marks) for v in large.frames) < sum(len(v.marks) for v in views.frames)
+
+
+def test_numbers_of_classes_are_named_before_they_are_filtered(tmp_path, made):
+    """Mask3D writes numbers: without names no wall is left out, and this is said; with the table of labels the filter works."""
+    scene, things = made
+    numbers = {name: 10 * k + 1 for k, name in enumerate(dict.fromkeys(things.labels))}
+    listed = write_masks(tmp_path / "s.txt", things, len(scene.mesh.points), {k: name for name, k in numbers.items()})
+    table = tmp_path / "scannetv2-labels.combined.tsv"
+    table.write_text("id\traw_category\tnyu40id\tnyu40class\n" + "".join(f"{k}\t{name}\t40\totherprop\n" for name, k in numbers.items()))
+    bare, named = (read_mask3d(listed, len(scene.mesh.points), names) for names in (None, class_names(table)))
+    assert bare.labels[-3:] == tuple(f"class {numbers[name]}" for name in SHELL) and named.labels == things.labels
+    shown = [make_views(scene, found, replace(OPTIONS, n=1)) for found in (bare, named)]
+    shell = set(range(len(things.labels) - 3, len(things.labels)))
+    assert shell <= {m.number for m in shown[0].bev.marks} and not shell & {m.number for v in (shown[1].bev, *shown[1].frames) for m in v.marks}
+    assert [f"{len(things.labels)} of {len(things.labels)} instances have the number of a class" in "".join(v.notes) for v in shown] == [True, False]
+    assert not any("number of a class" in n for n in make_views(scene, bare, replace(OPTIONS, n=1, skip=frozenset())).notes)
+    assert set(class_names(table, "nyu40id").values()) == {"otherprop"}
+    with pytest.raises(ValueError, match="valid: id, nyu40id"):
+        class_names(table, "nyu")
+    with pytest.raises(DataError, match="no such file"):
+        class_names(tmp_path / "gone.tsv")
 
 
 def test_the_ceiling_is_gone_from_the_top_view(made):

@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/gpt4scene/chunks.html.md"""
 
 # %% auto #0
 __all__ = ['Key', 'chunk_ranges', 'folder_of', 'predicted_row', 'write_chunks', 'Predictions', 'chunk_files', 'read_chunks',
-           'find_predictions', 'read_predictions']
+           'find_predictions', 'require_benchmarks', 'read_predictions']
 
 # %% ../../nbs/gpt4scene/chunks.ipynb #f83b094b
 import json
@@ -149,16 +149,27 @@ def find_predictions(
     if not held: raise DataError(f'{path} has none of {", ".join(map(folder_of, BENCHMARKS))}, in which {_name(0)} is')
     return root, held
 
+def require_benchmarks(
+    root:Path, # the folder of the outputs
+    asked:Sequence[str], # benchmarks that were asked
+    held:Mapping[str, Path], # those with a folder, from `find_predictions`
+) -> None:
+    "Raises DataError naming the benchmarks that have no folder."
+    if lost := [folder_of(b) for b in asked if b not in held]:
+        raise DataError(f'{root.name} has no {", ".join(lost)}: {len(asked) - len(lost)} of {len(asked)} benchmarks are there. Run the inference again; or, where the others were never asked, name those to score: benchmark={",".join(held)}')
+
 def read_predictions(
     path:Path|str, # as `find_predictions` takes it
-    samples:Sequence[Sample], # all rows of the benchmarks that it holds; others are passed over
+    samples:Sequence[Sample], # all rows of the benchmarks to read; folders of others are passed over
     n_chunks:int=0, # files a benchmark; 0 for all
-    partial:bool=False, # accept rows without a prediction
+    partial:bool=False, # accept rows, and whole benchmarks, without a prediction
 ) -> Predictions:
-    "The predictions of a run of the published program; raises DataError as `read_chunks` does."
+    "The predictions of a run of the published program; raises DataError as `read_chunks` does, and where a benchmark has no folder."
     root, held = find_predictions(path)
+    asked = [b for b in BENCHMARKS if any(s.meta['benchmark'] == b for s in samples)]
+    if not partial: require_benchmarks(root, asked, held)
     texts, files = {}, {}
-    for benchmark, folder in held.items():
+    for benchmark, folder in [(b, held[b]) for b in asked if b in held]:
         texts |= read_chunks(folder, [s for s in samples if s.meta['benchmark'] == benchmark], n_chunks, partial)
         files |= {f'{folder.name}/{f.name}': checksum_of(f).removeprefix('sha256:') for f in chunk_files(folder, n_chunks)}
     return Predictions(root.absolute().name, texts, files)

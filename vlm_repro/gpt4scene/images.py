@@ -6,7 +6,8 @@ Docs: https://vlm-repro.github.io/vlm_repro/gpt4scene/images.html.md"""
 
 # %% auto #0
 __all__ = ['MULTIPLE', 'SIZES', 'SHRINKS', 'capped', 'rounded', 'shown_size', 'visual_tokens', 'training_size', 'sized_part',
-           'is_bev', 'fewer_frames', 'ImageSettings', 'select_media', 'image_parts_of', 'truncated_lengths']
+           'is_bev', 'frames_of', 'fewer_frames', 'ImageSettings', 'select_media', 'image_parts_of',
+           'truncated_lengths']
 
 # %% ../../nbs/gpt4scene/images.ipynb #237323d6
 import re
@@ -93,14 +94,20 @@ def is_bev(
     "Whether a picture is the view from above (source: spec section 1.1)."
     return bool(_BEV.search(media.path.rsplit('/', 1)[-1]))
 
+def frames_of(
+    media:Sequence[MediaRef], # of a scene
+) -> tuple[MediaRef, ...]: # in the same order
+    "The pictures that are frames of the video."
+    return tuple(m for m in media if not is_bev(m))
+
 def fewer_frames(
     media:Sequence[MediaRef], # of a scene, in the order of its list
     n:int, # frames wanted
 ) -> tuple[MediaRef, ...]: # in the same order
-    "Every so-manieth frame, and the view from above; raises ValueError where their number does not come out even."
+    "So many frames by the published rule, all where there are fewer, and the view from above; raises ValueError for less than one frame (source: spec section 1.5)."
+    if n < 1: raise ValueError(f'{n} frames cannot be chosen; give 1 or more')
     frames = [i for i, m in enumerate(media) if not is_bev(m)]
-    if not frames or n < 1 or len(frames) % n: raise ValueError(f'{n} frames cannot be chosen evenly out of {len(frames)}')
-    kept = set(frames[::len(frames)//n])
+    kept = {frames[i*len(frames)//n] for i in range(n)} if frames else set()
     return tuple(m for i, m in enumerate(media) if i in kept or is_bev(m))
 
 # %% ../../nbs/gpt4scene/images.ipynb #46a3417f

@@ -6,9 +6,9 @@ Docs: https://vlm-repro.github.io/vlm_repro/gpt4scene/task.html.md"""
 
 # %% auto #0
 __all__ = ['WORLD_SEED', 'WORLD_SIZE', 'CHECKPOINTS', 'task', 'Gpt4SceneSettings', 'prompt_settings', 'data_folder',
-           'fitting_list', 'load_questions', 'render_questions', 'training_examples', 'training_recipe',
-           'extract_answers', 'score_answers', 'row_of_run', 'reduce_scores', 'claim', 'paper_table', 'check_inputs',
-           'write_published_files', 'adopt_predictions']
+           'fitting_list', 'check_listed', 'odd_scenes', 'load_questions', 'render_questions', 'training_examples',
+           'training_recipe', 'extract_answers', 'score_answers', 'row_of_run', 'reduce_scores', 'claim', 'paper_table',
+           'check_inputs', 'write_published_files', 'adopt_predictions']
 
 # %% ../../nbs/gpt4scene/task.ipynb #f2072ba9
 import json
@@ -18,19 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.adopted import Adopted
-from ..core.jsonl import DataError
+from ..core.jsonl import DataError, Problem
 from ..core.records import Answer, Generation, Request, Sample, Score, from_row
 from ..core.runs import RunFolder
 from ..core.tasks import Dataset, Task, data_of, make_settings, one_of
 from ..report.published import Cells, Eligibility, Published, load_published
 from .cells import row_name, table_cells
-from .chunks import find_predictions, read_predictions
+from .chunks import find_predictions, read_predictions, require_benchmarks
 from .data import choose, image_lists, load, parse_benchmarks
 from .extract import extract
-from .images import fewer_frames, is_bev
+from .images import fewer_frames, frames_of, is_bev
 from .prompt import PromptSettings, read_texts, render
 from .results import write_results
-from .rows import BENCHMARKS
 from .score import measure, only_asked
 from .train_data import conversations
 from .truth import Truth, annotation_folder, truth
@@ -108,20 +107,41 @@ def fitting_list(
     wanted = f'{settings.frames} frames {"with" if settings.marks else "without"} marks{" and with the view from above" if settings.bev else ""}'
     raise DataError(f'no list of images for {wanted}; there is {", ".join(names) or "none"}. Choose other frames, marks or bev, or name a list with listed')
 
-def _shown(sample:Sample, settings:Gpt4SceneSettings) -> Sample:
-    media = fewer_frames(sample.media, settings.frames)
-    if settings.bev and not any(map(is_bev, media)): raise DataError(f'{sample.meta["scene"]}: the list has no view from above; set bev to False, or name another list')
-    return replace(sample, media=media)
+def check_listed(
+    name:str, # of a list that was named by hand
+    settings:Gpt4SceneSettings, # says whether objects have numbers
+) -> str: # the name
+    "The name of a list, unless it says otherwise than the settings; then raises DataError."
+    if ('mark' in Path(name).stem.split('_')) == settings.marks: return name
+    raise DataError(f'listed={name!r} is a list of pictures {"without" if settings.marks else "with"} numbers and marks={settings.marks}; set marks to {not settings.marks}, or name a list {"with" if settings.marks else "without"} `mark` in its name')
+
+def odd_scenes(
+    samples:Sequence[Sample], # as loaded
+    settings:Gpt4SceneSettings, # frames, view from above
+    listed:str, # the list's name, for messages
+) -> dict[str, Problem]: # scene → what it lacks; the dropped ones cannot be asked about
+    "The scenes whose pictures are not those of the others; raises DataError where the list as a whole has not the pictures that are asked for."
+    media = {s.meta['scene']: s.media for s in samples}
+    counts, usual = {scene: len(frames_of(m)) for scene, m in media.items()}, max(len(frames_of(m)) for m in media.values())
+    if not usual or usual % settings.frames: raise DataError(f'{listed}: {settings.frames} frames cannot be chosen evenly out of {usual}; choose other frames, or name another list')
+    if settings.bev and not any(is_bev(m) for held in media.values() for m in held): raise DataError(f'{listed} has no view from above; set bev to False, or name another list')
+    out = {scene: Problem('few_frames', f'{listed} {scene}', f'{n} frames, others have {usual}; ' + (f'{min(n, settings.frames)} of them are shown' if n else 'its rows are left out'), not n)
+           for scene, n in counts.items() if n < usual}
+    blind = [scene for scene, m in media.items() if settings.bev and not any(map(is_bev, m))]
+    return out | {scene: Problem('no_view', f'{listed} {scene}', 'no view from above, its rows are left out; set bev to False to ask about it') for scene in blind}
 
 def load_questions(
     settings:Gpt4SceneSettings, # which data and how many
 ) -> Dataset: # the chosen questions
     "Loads the benchmarks and chooses the questions to ask; raises DataError saying what is missing."
     root = data_folder(settings)
-    listed = settings.listed or fitting_list(image_lists(annotation_folder(root)), settings)
+    listed = check_listed(settings.listed, settings) if settings.listed else fitting_list(image_lists(annotation_folder(root)), settings)
     whole = load(root, settings.benchmark, listed, settings.images or None)
-    chosen = tuple(_shown(s, settings) for s in choose(whole.samples, settings.limit, settings.seed))
-    return replace(whole, samples=chosen, identity={**whole.identity, 'asked': len(chosen)})
+    odd = odd_scenes(whole.samples, settings, listed)
+    kept = [s for s in whole.samples if not (s.meta['scene'] in odd and odd[s.meta['scene']].dropped)]
+    chosen = tuple(replace(s, media=fewer_frames(s.media, settings.frames)) for s in choose(kept, settings.limit, settings.seed))
+    left_out = whole.identity['left_out'] + len(whole.samples) - len(kept)
+    return replace(whole, samples=chosen, identity={**whole.identity, 'left_out': left_out, 'asked': len(chosen)}, problems=(*whole.problems, *odd.values()))
 
 # %% ../../nbs/gpt4scene/task.ipynb #746717b2
 def render_questions(
@@ -236,7 +256,7 @@ def write_published_files(
     return run.path('upstream')
 
 # %% ../../nbs/gpt4scene/task.ipynb #f1ca7634
-_ADOPTED = ('data_root', 'images', 'listed', 'model', 'frames', 'marks', 'bev', 'size', 'zero_shot', 'plain_ids', 'meteor', 'published')
+_ADOPTED = ('data_root', 'images', 'listed', 'benchmark', 'model', 'frames', 'marks', 'bev', 'size', 'zero_shot', 'plain_ids', 'meteor', 'published')
 
 def adopt_predictions(
     path:Path, # the folder of a run's outputs, or that of one benchmark
@@ -245,7 +265,9 @@ def adopt_predictions(
     "Chunk files of the published form; raises DataError where they are not whole or of another release."
     if odd := sorted(params.keys() - set(_ADOPTED)): raise ValueError(f'{", ".join(odd)} cannot be said of answers that are there already; only {", ".join(_ADOPTED)}')
     root, held = find_predictions(path)
-    settings = make_settings(task, {'model': root.name, **params, 'benchmark': ','.join(b for b in BENCHMARKS if b in held)})
+    asked = parse_benchmarks(params.get('benchmark') or (tuple(held) if Path(path).absolute() != root.absolute() else 'all'))
+    require_benchmarks(root, asked, held)
+    settings = make_settings(task, {'model': root.name, **params, 'benchmark': ','.join(asked)})
     data = load_questions(settings)
     found = read_predictions(path, data.samples)
     return Adopted(settings, data, render_questions(data, settings), dict(found.texts), {'backend': 'prediction files', 'name': found.name, 'files': dict(found.files)})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.jsonl import DataError
 from ..core.records import MediaRef, digest
-from .images import ImageSettings, fewer_frames, is_bev, select_media, sized_part
+from .images import ImageSettings, fewer_frames, frames_of, is_bev, select_media, sized_part
 from .scanalign import ScanAlign, open_scanalign
 
 if TYPE_CHECKING:
@@ -62,10 +62,11 @@ def as_shown(
     frames:int, # of the video
     settings:ImageSettings, # which pictures, and how large
 ) -> 'Example':
-    "A conversation with the pictures of a setting; raises ValueError where its frames cannot be chosen evenly, or the view from above is not there."
+    "A conversation with the pictures of a setting; raises ValueError where it has no frames, or the view from above is not there."
     paths = [p['image'] for m in example.messages if not isinstance(m['content'], str) for p in m['content'] if p['type'] == 'image']
     if settings.bev and not any(is_bev(MediaRef(p)) for p in paths): raise ValueError(f'{example.id} has no view from above; set bev to False, or take a file with it')
-    shown = {m.path for m in select_media(fewer_frames([MediaRef(p) for p in paths], frames), settings.bev)}
+    if not frames_of(held := [MediaRef(p) for p in paths]): raise ValueError(f'{example.id} has no frames of the video')
+    shown = {m.path for m in select_media(fewer_frames(held, frames), settings.bev)}
     def part(p:Mapping[str, Any]) -> list[dict[str, Any]]:
         if p['type'] != 'image': return [dict(p)]
         return [sized_part(p['image'], settings.size, settings.shrink)] if p['image'] in shown else []

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .marks import Mark, MarkStyle, draw_marks, mask_mark, top_mark, visible_mask
+from .proposals import unnamed
 from .render import Caster, ceiling_height, pinhole, scaled, top_view
 from .space import Instances, Mesh, Scene, SceneError
 
@@ -156,6 +157,10 @@ def _odd(scene:Scene, instances:Instances, options:ViewOptions) -> Iterator[str]
         if not len(own): yield f'{what} has no points, so no mark, and its box is six zeros'
         elif not np.ptp(own, 0).all(): yield f'{what} is flat: a box without volume overlaps nothing'
 
+def _unfiltered(scene:Scene, instances:Instances, options:ViewOptions) -> Iterator[str]:
+    if options.skip and (n := unnamed(instances.labels)):
+        yield f'{scene.name}: {n} of {len(instances.labels)} instances have the number of a class instead of a name, so no {" or ".join(sorted(options.skip))} among them was left out; give read_mask3d the names that class_names reads'
+
 def _within(scene:Scene, instances:Instances) -> None:
     for i, mask in enumerate(instances.masks):
         if len(mask) and not 0 <= np.min(mask) <= np.max(mask) < len(scene.mesh.points): raise SceneError(f'{scene.name}: instance {i} has point {np.max(mask)}, the mesh has {len(scene.mesh.points)} points: its masks are of another mesh')
@@ -169,7 +174,7 @@ def make_views(
     _within(scene, instances)
     scene = scene.aligned()
     plan, notes = with_poses(plan_frames(len(scene.poses), options.n), scene.posed(), scene.name)
-    notes = [*scene.notes, *notes, *_odd(scene, instances, options)]
+    notes = [*scene.notes, *notes, *_odd(scene, instances, options), *_unfiltered(scene, instances, options)]
     casters = casters_of(scene.mesh, instances, options)
     frames = tuple(_frame_view(scene, casters, instances, i, options) for i in plan)
     return Views(scene.name, frames, _bev(scene, instances, options) if options.bev_size else None, tuple(notes))
