@@ -1,10 +1,15 @@
 "RoboInter's data where it is damaged: what is left out is told first, an index that cannot be believed is made again, and no bad truth ends a run."
+import io
 import json
+import random
 import shutil
+import zipfile
 
 import pytest
 from test_robointer_data import BOX, item, write
+from typer.testing import CliRunner
 
+from vlm_repro.cli_data import data_app
 from vlm_repro.core.check import CheckReport, most_telling
 from vlm_repro.core.jsonl import Problem
 from vlm_repro.core.tasks import get_task
@@ -105,3 +110,64 @@ def test_a_half_made_index_without_its_offsets_begins_again(tmp_path):
     head.write_text(json.dumps(held))
     head.with_suffix('.offsets').unlink()
     assert [r['id'] for r in open_records(path, tmp_path/'index')] == [str(i) for i in range(100)]
+
+
+# ---------------------------------------------------------------- archives from the command line
+
+
+def release(root, n=12):
+    "A release with a whole archive and one in four pieces."
+    whole, cut = root/'Generation/image/val', root/'Task_planning/image/train/manipvqa'
+    for place in (whole, cut): place.mkdir(parents=True)
+    with zipfile.ZipFile(whole/'a.zip', 'w') as z:
+        for k in range(n): z.writestr(f'a/{k}.jpg', random.Random(k).randbytes(900))
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, 'w') as z:
+        for k in range(n): z.writestr(f'task_planning/{k}.jpg', random.Random(k).randbytes(900))
+    data = held.getvalue()
+    for k in range(4): (cut/f'task_planning.zip.{k:03}').write_bytes(data[k*len(data)//4:(k + 1)*len(data)//4])
+    return cut
+
+
+def call(*args):
+    result = CliRunner().invoke(data_app, list(args))
+    return result.exit_code, result.output + str(result.exception or '')
+
+
+def test_archives_are_unpacked_by_a_command_that_goes_on_where_it_was(tmp_path):
+    release(tmp_path)
+    code, told = call('unpack', 'robointer', '--root', str(tmp_path), '--part', 'Generation')
+    assert code == 0 and 'everything is unpacked' in told and not list(tmp_path.rglob('task_planning'))
+    (tmp_path/'Generation/image/val/a/3.jpg').unlink()
+    code, told = call('unpack', 'robointer', '--root', str(tmp_path), '--workers', '2')
+    assert code == 0 and len(list(tmp_path.rglob('*.jpg'))) == 24
+    assert [line.split()[-1] for line in told.splitlines() if '.zip' in line and 'B/s' not in line] == ['1', '12']
+
+
+def test_a_piece_that_is_missing_is_named_once(tmp_path):
+    cut = release(tmp_path)
+    (cut/'task_planning.zip.000').unlink()
+    code, told = call('unpack', 'robointer', '--root', str(tmp_path))
+    assert code == 1 and '1 problem(s)' in told and 'first piece' in told and len(list(tmp_path.rglob('*.jpg'))) == 12
+
+
+def test_a_damaged_archive_says_so_in_few_lines_and_leaves_nothing_half_written(tmp_path):
+    cut = release(tmp_path, 40)
+    path = cut/'task_planning.zip.001'
+    path.write_bytes(bytes(len(path.read_bytes())))
+    code, told = call('unpack', 'robointer', '--root', str(tmp_path))
+    assert code == 1 and 'more files: a piece in the middle' in told and told.count('cannot be unpacked') == 3 and not list(tmp_path.rglob('*.part'))
+
+
+def test_a_paper_without_archives_has_no_such_command(tmp_path):
+    assert 'no such command for mmwalk' in call('unpack', 'mmwalk', '--root', str(tmp_path))[1]
+    assert 'no zip archives' in call('unpack', 'robointer', '--root', str(release(tmp_path/'a').parents[3]), '--part', 'Understanding')[1]
+
+
+def test_the_check_command_tells_what_is_left_out_first(tmp_path):
+    write(tmp_path, 'current_box_val', [*(item(k, images=f'Generation/image/val/current_box/{k}.jpg') for k in range(30)), item(99, conversations=said([[1, 2], [3]]))])
+    code, told = call('check', 'robointer', '--root', str(tmp_path))
+    lines = told.splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith('  '))
+    assert code == 1 and 'bad_arity' in lines[first] and 'left out or broken' in lines[first - 1]
+    assert len(call('check', 'robointer', '--root', str(tmp_path), '--all')[1]) >= len(told)
