@@ -1,15 +1,17 @@
 """Streams of FitCoach: running ahead says what the plain loop says, whatever the model, the script, the batch and the drafts."""
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as hf
 
 from vlm_repro.fitcoach.actions import Actions, NeverEnds, Rules, feedbacks, published_feedbacks
-from vlm_repro.fitcoach.cross_attention import Looking, add_looking
+from vlm_repro.fitcoach.cross_attention import CrossAttention, CrossAttentionLayer, Looking, Shown, add_looking, looks_of
 from vlm_repro.fitcoach.decode import plain_loop, plain_stream, stream_prompt
 from vlm_repro.fitcoach.drafts import Drafts
-from vlm_repro.fitcoach.runahead import PLAIN, Ahead, ModelReader, Streams, decode_streams
+from vlm_repro.fitcoach.runahead import PLAIN, Ahead, ModelReader, RowCache, Streams, decode_streams
+from vlm_repro.fitcoach.workouts import decode_prompts, decode_windows, joined, next_prompt
 
 torch.set_num_threads(1)
 ACTS = Actions(100, 101, 102)
@@ -142,3 +144,147 @@ def test_two_clocks():
     assert feedbacks(stream, ACTS, lambda ids: ' '.join(map(str, ids)), times) == [(.75, '10'), (1.25, '11')]
     assert published_feedbacks(stream, ACTS, lambda ids: ' '.join(map(str, ids)))[0] == ['10', '11']
     assert feedbacks([1, 100, 101, 9, 102, *stream[1:]], ACTS, lambda ids: ' '.join(map(str, ids)), times, shown=2)[0] == (.75, '10')
+
+
+# ---- close races, odd batches
+
+def leads(net, prompt, film, rules):
+    "The plain stream, and by how much each choice was won."
+    held = []
+    hook = net.lm_head.register_forward_hook(lambda _, __, logits: held.append(logits[0, -1].topk(2).values.diff().abs().item()))
+    try: return plain_stream(net, prompt, film, rules).tokens, held
+    finally: hook.remove()
+
+
+@pytest.mark.parametrize('seed', [0, 2, 4])
+def test_close_races_end_as_in_the_plain_loop(seed):
+    "Action tokens and words that differ by hundredths: choices are won by far less than usual, and never by rounding."
+    net, rules, g = speaker(seed), Rules(ACTS, max_feedback_length=5), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head = net.lm_head.weight
+        head[:97] *= .1
+        head[97:104] = head[100] + .02*torch.randn(7, head.shape[1], generator=g)
+    films, prompts = [torch.randn(n, 35, 6, generator=g)*3 for n in (40, 23, 31)], [stream_prompt(ids, ACTS) for ids in ([1, 7], [1], [2, 3])]
+    plain, races = zip(*(leads(net, p, f, rules) for p, f in zip(prompts, films)))
+    closest = min(min(r) for r in races)
+    assert 1e-5 < closest < .01 and any(ACTS.answer in tokens for tokens in plain)
+    for ahead in (Ahead(), Ahead(1, 1, 2), Ahead(shared=6, each=1)):
+        for drafts in (None, Drafts([[11, 12, 13]]*3 + [[20]], ACTS.end)):
+            assert [s.tokens for s in decode_streams(ModelReader(net, films), prompts, [len(f) for f in films], rules, ahead, drafts)] == list(plain)
+
+
+def test_films_without_steps_are_their_prompts_and_do_not_disturb_others():
+    net, rules = speaker(5), Rules(ACTS, 4)
+    with torch.no_grad(): net.lm_head.weight[101] = net.lm_head.weight[100] + .5*net.lm_head.weight[101]
+    films = [torch.randn(n, 35, 6)*3 for n in (0, 31, 1, 0, 2, 12)]
+    prompts = [stream_prompt([1, 7 + k], ACTS) for k in range(6)]
+    ours = decode_prompts(SimpleNamespace(net=net), prompts, films, rules, batch_size=3)
+    assert [s.tokens for s in ours] == [plain_stream(net, p, f, rules).tokens for p, f in zip(prompts, films)]
+    assert ours[0].tokens == prompts[0].ids and ours[0].calls == 0
+    assert decode_prompts(SimpleNamespace(net=net), prompts[:1], films[:1], rules)[0].tokens == prompts[0].ids
+
+
+class Widths(Script):
+    "A script that notes how much it is given."
+    def read(self, pieces):
+        self.log = [*getattr(self, 'log', []), [len(p.tokens) for p in pieces]]
+        return super().read(pieces)
+
+
+def test_no_row_guesses_more_than_its_share():
+    prompt, rules, known = stream_prompt([1], ACTS), Rules(ACTS), Drafts([list(range(10, 35))]*3, ACTS.end)
+    reader = Widths([[100]*5 + [101, *range(10, 35), 102]] * 6, [prompt] * 6)
+    ours = decode_streams(reader, [prompt] * 6, [60] * 6, rules, Ahead(shared=48), known)
+    assert max(map(max, reader.log[1:])) == 1 + 48//6 and {len(s.tokens) for s in ours} == {2 + 59 + 27}
+    alone = Widths([[100]*5 + [101, *range(10, 35), 102]], [prompt])
+    decode_streams(alone, [prompt], [60], rules, drafts=known)
+    assert max(max(w) for w in alone.log) > 30
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_wrong_drafts_cost_no_call_and_change_no_token(seed):
+    rng, rules = random.Random(seed), Rules(ACTS, max_feedback_length=6)
+    script, prompt = drawn(rng), stream_prompt([1], ACTS)
+    lies = Drafts([[rng.randint(50, 90) for _ in range(8)] for _ in range(20)], ACTS.end)
+    lies.learn = lambda *_: None
+    plain, lied = (decode_streams(Script([script], [prompt]), [prompt], [50], rules, drafts=d)[0] for d in (None, lies))
+    assert lied.tokens == plain.tokens == plain_of(script, prompt, 50, rules).tokens and lied.calls <= plain.calls
+
+
+def test_a_draft_longer_than_a_feedback_may_be_is_cut_by_the_count():
+    prompt, text = stream_prompt([1], ACTS), list(range(10, 30))
+    script = [100, 101, *text, 102] + [100]*20
+    for most in (1, 3, 20, 128):
+        rules = Rules(ACTS, max_feedback_length=most)
+        ours = decode_streams(Script([script], [prompt]), [prompt], [12], rules, drafts=Drafts([text]*2, ACTS.end))[0].tokens
+        assert ours == plain_of(script, prompt, 12, rules).tokens
+        assert ours[ours.index(101):][:min(most, 20) + 2] == (101, *text[:most], 102)
+
+
+def test_drafts_count_texts_that_are_given_again():
+    again, once = Drafts([[1, 2], [1, 3], [1, 3]], 9), Drafts([[1, 2], [1, 3]], 9)
+    assert again.guess([]) == [1, 3, 9] and once.guess([]) == [1, 2, 9]
+    once.learn([1, 3])
+    assert once.begun == again.begun and once.follows == again.follows
+
+
+@pytest.mark.parametrize('published', [False, True])
+def test_windows_equal_the_plain_loop_window_by_window(published):
+    net, rules = speaker(7), Rules(ACTS, 4)
+    with torch.no_grad(): net.lm_head.weight[101] = net.lm_head.weight[100] + .5*net.lm_head.weight[101]
+    model = SimpleNamespace(net=net, actions=ACTS, prompt_ids=lambda text: [1, len(text)])
+    videos = [[torch.randn(n, 35, 6)*3 for n in lengths] for lengths in ((20, 20, 7), (12,), (20, 1))]
+    ours = decode_windows(model, ['abc', 'ab', 'a'], videos, rules, published, drafts=Drafts(end=ACTS.end))
+    for text, windows, held in zip(('abc', 'ab', 'a'), videos, ours):
+        before = None
+        for film, stream in zip(windows, held):
+            prompt = next_prompt(model, [1, len(text)], before, published)
+            before = plain_stream(net, prompt, film, rules)
+            assert stream.tokens == before.tokens and stream.n_prompt == len(prompt.ids)
+    assert len(joined(ours[0])) == len(ours[0][0].tokens) + sum(len(s.tokens) - s.n_prompt for s in ours[0][1:])
+
+
+# ---- the cache, the looks
+
+def test_a_cache_of_rows_holds_what_was_written_where_it_belongs():
+    rng, cache, held = random.Random(0), RowCache(3), [[], [], []]
+    for k in range(40):
+        new = [rng.randint(0, 9) for _ in held]
+        width = max(*new, 1)
+        at = cache.place(width, torch.device('cpu'))
+        keys = torch.randn(len(held), 2, width, 4)
+        seen, values = cache.update(keys, keys + 1, 0)
+        for row, n in enumerate(new):
+            assert at[row, 0] == len(held[row])
+            held[row] += [keys[row, :, k] for k in range(n)]
+            cache.lengths[row] = len(held[row])
+            if n: assert torch.equal(seen[row, :, :len(held[row])], torch.stack(held[row], 1)) and torch.equal(values[row, :, :len(held[row])], torch.stack(held[row], 1) + 1)
+            if held[row] and rng.random() < .5:
+                del held[row][rng.randint(0, len(held[row])):]
+                cache.lengths[row] = len(held[row])
+        if k == 25: held = [held[0], held[2]]; cache.keep([0, 2])
+    assert cache.get_seq_length() == max(map(len, held)) and len(held) == 2
+
+
+@pytest.mark.parametrize('heads', [1, 3])
+def test_mixing_first_is_what_is_written(heads):
+    torch.manual_seed(heads)
+    layer, text, films = CrossAttentionLayer(10, 6, 12, heads), torch.randn(2, 7, 10), torch.randn(2, 9, 35, 6)
+    steps = torch.randint(-1, 9, (2, 7))
+    found = [(7*r + c, 9*r + s) for r, row in enumerate(steps.tolist()) for c, s in enumerate(row) if s >= 0]
+    with torch.inference_mode():
+        written, short = layer.train()(text, films, steps), layer.eval()(text, films, steps)
+        for most in (0, 1 << 30): assert torch.allclose(layer(text, looks_of(Shown(films.flatten(0, 1), most), found)), written, atol=1e-6)
+        assert torch.allclose(short, written, atol=1e-6) and (written[steps < 0] == 0).all() and (written[steps >= 0] != 0).any()
+
+
+def test_layers_that_something_wraps_are_called():
+    attention, called = CrossAttention(8, 4, 8).eval(), []
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner): super().__init__(); self.inner, self.weight, self.out_features = inner, inner.weight, inner.out_features
+        def forward(self, x): called.append(x.shape); return self.inner(x)*2
+    token, places = torch.randn(3, 8), torch.randn(3, 35, 4)
+    with torch.inference_mode():
+        before = attention(token, places)
+        attention.feat_attn_keys_fc = Wrapped(attention.feat_attn_keys_fc)
+        assert not attention.short and not torch.allclose(attention(token, places), before, atol=1e-3) and called
