@@ -8,9 +8,11 @@ import yaml
 
 from vlm_repro.core.assets import asset
 from vlm_repro.core.tasks import TASKS
+from vlm_repro.fitcoach.cross_attention import Looking, add_looking
+from vlm_repro.models.checkpoint import read_config
 from vlm_repro.models.families import FAMILIES
-from vlm_repro.models.transformers import load_net
 from vlm_repro.train.data import DataError, source_examples
+from vlm_repro.train.kinds import kind_of
 from vlm_repro.train.parts import count_parts, freeze, lora_targets
 from vlm_repro.train.recipe import DEFAULT, GIVEN, Lora, RecipeError, change, flat, identity, load_recipe, recipe_rows, recipes, save_recipe
 from vlm_repro.train.render import get_mask
@@ -18,7 +20,7 @@ from vlm_repro.train.setup import training_arguments
 
 NAMES = recipes()
 PAPERS = {"mmwalk": {"published", "corrected", "small", "tiny"}, "roadbuddy": {"published", "lora", "full", "small", "tiny"}, "robointer": {"published", "small"},
-          "gpt4scene": {"published", "small"}, "fitcoach": {"published", "segments", "small"}}
+          "gpt4scene": {"published", "small"}, "fitcoach": {"published", "segments", "full_workout", "align", "small", "tiny"}}
 
 
 def tiny_net(name: str) -> torch.nn.Module:
@@ -26,9 +28,9 @@ def tiny_net(name: str) -> torch.nn.Module:
     recipe = load_recipe(name)
     if recipe.model == "tiny":
         folder = asset(f"tiny/{recipe.tiny}")
-        return load_net(folder, True, "float32", "cpu")
+        return kind_of(read_config(folder)).net(folder, "float32")
     if recipe.model == "checkpoints/stream-vlm":
-        return hf.LlamaForCausalLM(hf.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64))
+        return add_looking(hf.LlamaForCausalLM(hf.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)), Looking((1,), 8))
     family = {"InternVL2": "internvl", "InternVL3": "internvl", "Qwen2.5": "qwen2_5_vl", "Qwen2": "qwen2_vl", "llava": "llava_onevision"}
     return FAMILIES[family[recipe.model.split("/")[1].split("-")[0]]]()[0]
 
@@ -68,7 +70,7 @@ def test_what_a_recipe_trains_is_there_on_the_genuine_architecture(name):
         assert {part for part, c in counts.items() if c.trainable} == {part for part in recipe.tuning.parts if counts[part].total}
         return
     targets = lora_targets(net, recipe.tuning.targets)
-    assert targets and not any("visual" in t or "vision" in t or "projector" in t for t in targets)
+    assert targets and not any("visual" in t or "vision" in t or "projector" in t or "xattn" in t for t in targets)
     assert count_parts(net)["language_model"].total
 
 

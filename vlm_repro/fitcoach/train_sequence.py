@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/fitcoach/train_sequence.html.md"""
 
 # %% auto #0
 __all__ = ['SequenceError', 'spoken_at', 'Published', 'published_sequence', 'published_windows_sequence', 'Lesson', 'lesson',
-           'blind', 'lesson_batch', 'stream_loss']
+           'blind', 'lesson_row', 'side_by_side', 'one_behind_other', 'lesson_batch', 'stream_loss']
 
 # %% ../../nbs/fitcoach/train_sequence.ipynb #3960ca48
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..train.loss import targets
+from ..train.loss import supervised_loss, supervised_tokens, supervised_weight
 from ..train.render import IGNORED
 from .actions import Actions
 from .decode import Prompt
@@ -110,19 +110,43 @@ def blind(
     return replace(given, steps=(-1,)*len(given.steps))
 
 # %% ../../nbs/fitcoach/train_sequence.ipynb #d6e3c2e6
+_FILL = {'attention_mask': 0, 'labels': IGNORED, 'weights': 0., 'vision_steps': -1}
+
+def lesson_row(
+    one:Lesson,
+    film:torch.Tensor|None=None, # [steps, P, C]; None where nothing is seen
+    weights:Mapping[int, float]|None=None, # of labels by id, where they are not 1
+) -> dict[str, torch.Tensor]: # what the model is called with, `labels`, and `weights` where some are not 1
+    "A clip as a batch of one; raises SequenceError where tokens look beyond their film."
+    if film is not None and max(one.steps) >= len(film): raise SequenceError(f'a token looks at step {max(one.steps)} of a film of {len(film)} steps')
+    out = {'input_ids': one.ids, 'attention_mask': (1,)*len(one.ids), 'labels': one.labels, 'vision_steps': one.steps}
+    if weights: out['weights'] = tuple(weights.get(t, 1.) for t in one.labels)
+    return {k: torch.tensor([v]) for k, v in out.items()} | ({} if film is None else {'vision': film[None]})
+
+def side_by_side(
+    rows:Sequence[Mapping[str, torch.Tensor]], # from `lesson_row`
+    fill:int=0, # id that pads
+) -> dict[str, torch.Tensor]:
+    "Clips of any length as rows, padded on the right."
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {k: pad([r[k][0] for r in rows], batch_first=True, padding_value=fill if k == 'input_ids' else _FILL.get(k, 0.)) for k in rows[0]}
+
+def one_behind_other(
+    rows:Sequence[Mapping[str, torch.Tensor]], # from `lesson_row`
+) -> dict[str, torch.Tensor]: # with `position_ids`, by which attention tells them apart, in place of a mask
+    "Clips in one row, and their films one behind the other."
+    starts = np.cumsum([0, *(r['vision'].shape[1] if 'vision' in r else 0 for r in rows)])
+    out = {k: torch.cat([r[k] for r in rows], 1) for k in rows[0] if k != 'attention_mask'}
+    out['vision_steps'] = torch.cat([r['vision_steps'] + (r['vision_steps'] >= 0)*int(start) for r, start in zip(rows, starts)], 1)
+    return {**out, 'position_ids': torch.cat([torch.arange(r['input_ids'].shape[1])[None] for r in rows], 1)}
+
 def lesson_batch(
     lessons:Sequence[Lesson],
     films:Sequence[torch.Tensor], # [steps, P, C] each
     fill:int=0, # id that pads
 ) -> dict[str, torch.Tensor]: # what the model is called with, and `labels`
-    "Clips of any length side by side, padded on the right; raises SequenceError where tokens look beyond their film."
-    for k, (one, film) in enumerate(zip(lessons, films, strict=True)):
-        if max(one.steps) >= len(film): raise SequenceError(f'clip {k} of the batch: a token looks at step {max(one.steps)} of a film of {len(film)} steps')
-    def rows(values:Sequence[Sequence[int]], pad:int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence([torch.tensor(v) for v in values], batch_first=True, padding_value=pad)
-    ids = rows([one.ids for one in lessons], fill)
-    return {'input_ids': ids, 'attention_mask': rows([(1,)*len(one.ids) for one in lessons], 0), 'labels': rows([one.labels for one in lessons], IGNORED),
-            'vision': torch.nn.utils.rnn.pad_sequence(list(films), batch_first=True), 'vision_steps': rows([one.steps for one in lessons], -1)}
+    "Clips side by side; raises SequenceError where tokens look beyond their film."
+    return side_by_side([lesson_row(one, film) for one, film in zip(lessons, films, strict=True)], fill)
 
 def stream_loss(
     net:torch.nn.Module, # a model with cross-attention, wrapped or not
@@ -131,9 +155,6 @@ def stream_loss(
     silent:float=1., # weight of a label that says `<vision>`
 ) -> torch.Tensor: # a float32 scalar
     "Weighted mean cross-entropy (source: spec section 4; the weight is ours, the follow-up that has one does not say how much)."
-    wanted = targets(batch['labels'])
-    keep = wanted != IGNORED
-    if not keep.any(): raise SequenceError('nothing is supervised in this batch')
-    logits = net(**{k: v for k, v in batch.items() if k != 'labels'}, use_cache=False).logits[keep]
-    weights = torch.where(wanted[keep] == actions.vision, silent, 1.).to(logits.device)
-    return (torch.nn.functional.cross_entropy(logits.float(), wanted[keep], reduction='none')*weights).sum()/weights.sum()
+    if not supervised_tokens(batch['labels']): raise SequenceError('nothing is supervised in this batch')
+    held = {**batch, 'weights': torch.where(batch['labels'] == actions.vision, silent, 1.)}
+    return supervised_loss(net, held, supervised_weight(held))

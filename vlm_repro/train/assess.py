@@ -19,9 +19,11 @@ from ..core.generate import generate
 from ..core.records import Score
 from ..core.runs import RunFolder
 from ..core.tasks import extract_run, make_settings, prepare, score_run, start
-from ..models.inputs import Preparer, VisualCounter, tokenizer_of
-from ..models.transformers import TransformersModel, greedy
+from ..models.inputs import Preparer
+from ..models.protocol import Model
 from .data import Lost, source_settings, source_task
+from .kinds import kind_of
+from .parts import unwrap
 from .recipe import Recipe, RecipeError, Source, near
 
 if TYPE_CHECKING:
@@ -31,12 +33,9 @@ if TYPE_CHECKING:
 def as_answering(
     net:torch.nn.Module, # in training, adapters in place
     preparer:Preparer, # of the checkpoint
-) -> TransformersModel: # shares the weights
+) -> Model: # shares the weights
     "The model at this step, decoding greedily as a loaded one does."
-    tok = tokenizer_of(preparer)
-    own = getattr(net, 'generation_config', None) or net.get_base_model().generation_config
-    limit = getattr(net.config.get_text_config(), 'max_position_embeddings', 2**31 - 1)
-    return TransformersModel('in training', net, preparer, greedy(own, tok), limit, {}, 1, None if tok is preparer else VisualCounter(preparer))
+    return kind_of(unwrap(net).config).answering(net, preparer)
 
 # %% ../../nbs/train/assess.ipynb #bbee12b2
 def total(
@@ -59,7 +58,7 @@ def _asked(source:Source) -> Any:
     return make_settings(source_task(source), {**source.settings, 'split': source.split}) if 'split' in named else settings
 
 def source_total(
-    model:TransformersModel, # in training
+    model:Model, # in training
     source:Source, # of the evaluation data
     recipe:Recipe, # metric and batch size
     folder:Path, # of this evaluation

@@ -28,7 +28,7 @@ from ..core.tasks import TASKS, Task, get_task, make_settings
 from ..models.inputs import Preparer, VisualCounter, tokenizer_of
 from ..models.protocol import Lengths
 from .recipe import Recipe, RecipeError, Source, near
-from .render import Dropped, Example, measure_example
+from .render import Dropped, Example, Writer, measure_example
 
 # %% ../../nbs/train/data.ipynb #00a7dabc
 class DataError(ValueError):
@@ -120,7 +120,7 @@ def measure_source(
     progress:bool=False, # show a bar
 ) -> Measured:
     "The length of every example; what cannot be used is set aside with the reason."
-    counter = (lambda sizes: (0, 0)) if tokenizer_of(preparer) is preparer else VisualCounter(preparer)
+    counter = (lambda sizes: (0, 0)) if tokenizer_of(preparer) is preparer or isinstance(preparer, Writer) else VisualCounter(preparer)
     todo = _Lengths(examples, preparer, counter, recipe)
     workers = recipe.workers if len(examples) >= MANY else 0
     bar = tqdm(DataLoader(todo, batch_size=None, collate_fn=_same, num_workers=workers, generator=torch.Generator()), f'measuring {source.task} {source.split}',
@@ -149,6 +149,11 @@ class Pool:
     def lengths(self) -> list[int]: # tokens
         "The length of every example."
         return [self.parts[p].lengths[i].total for p, i in self._places]
+
+    @property
+    def visual(self) -> list[int]: # tokens
+        "The visual tokens of every example."
+        return [self.parts[p].lengths[i].n_visual for p, i in self._places]
 
     @property
     def groups(self) -> list[tuple[range, float]]: # numbers of its examples, and its sampling rate
@@ -205,7 +210,7 @@ def difference(
 # %% ../../nbs/train/data.ipynb #a9c0ef5c
 def _key(source:Source, marks:Marks, preparer:Preparer, recipe:Recipe) -> str:
     images = getattr(preparer, 'image_processor', None)
-    return digest([source.task, source.split, dict(source.settings), recipe.mask, recipe.max_length, marks, preparer.chat_template,
+    return digest([source.task, source.split, dict(source.settings), recipe.mask, recipe.max_length, marks, preparer.form if isinstance(preparer, Writer) else preparer.chat_template,
                    images.to_json_string() if images else ''])
 
 def _kept(path:Path) -> tuple[dict[int, Lengths], tuple[Lost, ...]] | None:

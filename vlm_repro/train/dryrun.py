@@ -18,7 +18,7 @@ import torch
 
 from ..core.text import columns
 from ..models.checkpoint import read_config
-from .batches import Collator
+from .batches import collator
 from .data import Lost, Pool, pool, set_aside
 from .feed import Feed, render_or_lose
 from .frozen import require_frozen_eyes
@@ -122,12 +122,13 @@ def dry_run(
     preparer, config = load_processor(recipe), read_config(base_folder(recipe))
     found = pool(recipe.data, preparer, recipe)
     order, sample = Order(found.groups, found.lengths, recipe, world), _sample(found, preparer, recipe)
-    longest = max(sum(found.lengths[i] for i in micro) for k in range(min(len(order), 20)) for process in order[k].places for micro in process)
+    longest = max((micro for k in range(min(len(order), 20)) for process in order[k].places for micro in process), key=lambda micro: sum(found.lengths[i] for i in micro))
+    tokens, visual = (sum(held[i] for i in longest) for held in (found.lengths, found.visual))
     share, per_step = sample.n_supervised/sample.length, sum(found.lengths)/len(found)*order.drawn/order.per_epoch
     more = {}
     if not skip_model:
         model = load_trainable(recipe)
         if recipe.keep_features: require_frozen_eyes(model, recipe)
-        more = {'parts': count_parts(model), 'step': one_step(recipe, model, Feed(found, order, preparer, Collator(preparer, model.config, recipe.packing)))}
+        more = {'parts': count_parts(model), 'step': one_step(recipe, model, Feed(found, order, preparer, collator(preparer, model.config, recipe.packing)))}
     return DryRun(recipe, show_mask(preparer, sample), len(found), set_aside(found.dropped), _spread(found), share, len(order), per_step, order[0].turns,
-                  predict_memory(config, recipe, longest, world), world, **more)
+                  predict_memory(config, recipe, tokens, world, visual), world, **more)

@@ -20,11 +20,11 @@ from PIL import Image, ImageDraw
 
 from ..core.records import Generation, Request
 from ..core.text import columns
-from ..models.checkpoint import checkpoint_folder, has_eyes, read_config
-from ..models.inputs import Preparer, load_preparer
+from ..models.checkpoint import checkpoint_folder, read_config
 from ..models.protocol import Model, ModelError, load_model, parse_spec, tiny_checkpoint
-from ..models.transformers import DTYPES, add_adapter, load_net
+from ..models.transformers import DTYPES, add_adapter
 from .checkpoints import begin, put
+from .kinds import kind_of
 
 # %% ../../nbs/train/export.ipynb #5efa2e26
 def base_of(
@@ -42,9 +42,8 @@ def base_of(
     try: return checkpoint_folder(named)
     except ModelError as e: raise ModelError(f'the base model of {adapter} is not to be had ({e}): give another place (base)') from e
 
-def _preparer(adapter:Path, base:Path, eyes:bool) -> Preparer:
-    own = any((adapter/n).is_file() for n in ('tokenizer_config.json', 'processor_config.json'))
-    return load_preparer(adapter if own else base, eyes)
+def _prepares(adapter:Path) -> bool:
+    return any((adapter/n).is_file() for n in ('tokenizer_config.json', 'processor_config.json'))
 
 _SIZES = 'size mismatch for '
 
@@ -65,15 +64,16 @@ def merge(
     if dtype not in DTYPES: raise ModelError(f'unknown dtype {dtype!r}; one of {", ".join(DTYPES)}')
     config = read_config(folder)
     stored = str(config.dtype or torch.float32).removeprefix('torch.')
-    eyes = has_eyes(config)
-    net = load_net(folder, eyes, stored if dtype == 'auto' else dtype, 'cpu')
+    kind = kind_of(config)
+    net = kind.net(folder, stored if dtype == 'auto' else dtype)
     try: net = add_adapter(net, adapter).merge_and_unload(safe_merge=True)
     except ModelError as e: raise ModelError(_short(e, folder)) from e
     except ValueError as e: raise ModelError(f'{adapter} cannot be merged: {e}') from e
     part = begin(out)
     try:
         net.save_pretrained(part)
-        _preparer(adapter, folder, eyes).save_pretrained(part)
+        kind.preparer(folder, adapter if _prepares(adapter) else None).save_pretrained(part)
+        kind.carry(folder, part)
         settings = adapter if (adapter/'generation_config.json').is_file() else folder
         if (settings/'generation_config.json').is_file(): hf.GenerationConfig.from_pretrained(settings).save_pretrained(part)
         return put(out)

@@ -18,20 +18,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core.media import MediaError
 from ..models.inputs import Preparer
-from .batches import Collator
+from .batches import Collate
 from .data import Lost, Pool
 from .frozen import Album
-from .loss import supervised_tokens
+from .loss import supervised_weight
 from .order import Micro, Order
 from .recipe import Recipe
-from .render import Dropped, Example, Rendered, TemplateError, render_example
+from .render import Dropped, Example, Rendered, TemplateError, Writer, render_example
 
 # %% ../../nbs/train/feed.ipynb #804602cc
 @dataclass
 class Fed:
     "A micro-batch as it arrives at the trainer."
     tensors: dict[str, torch.Tensor] # for `model(**…)`, labels included
-    items: int # supervised tokens; 0 for a stand-in
+    items: float # supervised tokens, or what they weigh; 0 for a stand-in
     tokens: int # of the examples, visual ones included
     examples: int # in it
     lost: tuple[Lost, ...] = () # those that should have been in it
@@ -62,12 +62,12 @@ class Feed(Dataset):
         pool:Pool, # the examples
         order:Order, # which meet when
         preparer:Preparer, # of the checkpoint
-        collate:Collator, # puts them together
+        collate:Collate, # puts them together
         rank:int=0, # of this process
         album:Album|None=None, # where frozen eyes look once; None to open every file in every epoch
     ):
         self.pool, self.order, self.preparer, self.collate, self.rank, self.album = pool, order, preparer, collate, rank, album
-        self.stand_in = render_example(preparer, _STAND_IN)
+        self.stand_in = preparer.stand_in() if isinstance(preparer, Writer) else render_example(preparer, _STAND_IN)
 
     def __len__(self) -> int: return len(self.pool)
 
@@ -82,7 +82,7 @@ class Feed(Dataset):
         found = [self._example(i) for i in micro]
         good, lost = [x for x in found if isinstance(x, Rendered)], tuple(x for x in found if isinstance(x, Lost))
         tensors = self.collate(good or [self.stand_in])
-        items = supervised_tokens(tensors['labels']) if good else 0
+        items = supervised_weight(tensors) if good else 0
         return Fed(tensors, items, sum(x.length for x in good), len(good), lost)
 
     def _example(self, i:int) -> Rendered|Lost:

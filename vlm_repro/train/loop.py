@@ -24,16 +24,17 @@ from ..core.runs import RunError
 from ..core.text import columns
 from ..models.inputs import Preparer
 from .assess import paper_metric, try_metric
-from .batches import Collator
+from .batches import Collate, collator
 from .checkpoints import begin, checkpoints, last_checkpoint, put, remove, scratch, step_of, writing
 from .data import Lost, Marks, Pool, difference, marks_of, pool, set_aside, source_examples
 from .feed import Feed, loader
 from .frozen import Album
+from .kinds import kind_of
 from .loss import supervised_loss
 from .order import Order
 from .parts import unwrap
 from .recipe import Lora, Recipe, RecipeError, change, identity, load_recipe, recipe_rows, save_recipe
-from .setup import forget_deepspeed, load_processor, load_trainable, name_accelerator, splits_weights, training_arguments
+from .setup import base_folder, forget_deepspeed, load_processor, load_trainable, name_accelerator, splits_weights, training_arguments
 from .tuner import Run, Tuner
 from .watch import Log, Stop, explained, on_sigterm, read_log
 
@@ -139,7 +140,7 @@ def mean_loss(
 
 Look = Callable[[Tuner], dict[str, float|None]]
 
-def _looker(recipe:Recipe, preparer:Preparer, collate:Collator, out:Path, rank:int, world:int) -> tuple[Look|None, Sequence[Lost]]:
+def _looker(recipe:Recipe, preparer:Preparer, collate:Collate, out:Path, rank:int, world:int) -> tuple[Look|None, Sequence[Lost]]:
     "What an evaluation computes, None without data for it; and the examples that were set aside."
     if not recipe.eval_data or recipe.eval_every == 'never': return None, ()
     found = pool(recipe.eval_data, preparer, recipe, out/'lengths', write=rank == 0)
@@ -183,7 +184,7 @@ def _train(recipe:Recipe, out:Path, stop:Stop, resume:bool, shown:bool, rank:int
     order = Order(found.groups, found.lengths, recipe, world)
     args = training_arguments(recipe, out, len(order))
     model = load_trainable(recipe)
-    collate = Collator(preparer, model.config, recipe.packing, dummy_image=_needs_image(recipe, world))
+    collate = collator(preparer, model.config, recipe.packing, _needs_image(recipe, world))
     last = last_checkpoint(out) if resume else None
     start = step_of(last) if last else 0
     if shown: _announce(found, order, start)
@@ -275,7 +276,9 @@ def _export(tuner:Tuner) -> str:
 
 def _complete(tuner:Tuner, folder:Path) -> None:
     (scratch(folder)/'training_args.bin').unlink()
-    if answering := unwrap(tuner.model).generation_config: answering.save_pretrained(scratch(folder))
+    net, recipe = unwrap(tuner.model), tuner.run.recipe
+    if net.generation_config: net.generation_config.save_pretrained(scratch(folder))
+    if not isinstance(recipe.tuning, Lora): kind_of(net.config).carry(base_folder(recipe), scratch(folder))
     put(folder)
 
 def _go_back(tuner:Tuner, folder:Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from transformers import AttentionInterface, PretrainedConfig
 
 from ..core.text import columns
+from .kinds import kind_of
 from .parts import count_parts, freeze, meta_model
 from .recipe import Lora, Recipe
 from .setup import add_lora, weights_dtype
@@ -120,6 +121,7 @@ def predict_memory(
     recipe:Recipe, # everything else
     tokens:int, # of the longest micro-batch
     world:int=1, # processes
+    visual:int=0, # of them visual, where a model looks at films
 ) -> Memory:
     "What one process will hold; a vision tower that is trained keeps activations that are not counted."
     net = _shell(config, recipe)
@@ -131,5 +133,7 @@ def predict_memory(
     held = {'weights': weights//(world if stage > 2 else 1), 'gradients': gradients//(world if stage > 1 else 1), 'optimizer': optimizer//(world if stage else 1)}
     gone = {'optimizer': ('optimizer', 'gradients'), 'all': ('optimizer', 'gradients', 'weights')}.get(zero.offload if zero else 'none', ())
     logits = tokens//10*config.get_text_config().vocab_size*4*2
-    return Memory(**{k: 0 if k in gone else v for k, v in held.items()}, activations=decoder_bytes(net, tokens, recipe.checkpointing, _masked(recipe)), logits=logits,
+    a_layer, layers = kind_of(config).seen_bytes(net, visual)
+    kept = decoder_bytes(net, tokens, recipe.checkpointing, _masked(recipe)) + a_layer*(min(layers, 1) if recipe.checkpointing else layers)
+    return Memory(**{k: 0 if k in gone else v for k, v in held.items()}, activations=kept, logits=logits,
                   elsewhere=sum(held[k] for k in gone))

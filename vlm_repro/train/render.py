@@ -6,13 +6,14 @@ Docs: https://vlm-repro.github.io/vlm_repro/train/render.html.md"""
 
 # %% auto #0
 __all__ = ['MASKS', 'IGNORED', 'Span', 'Example', 'Dropped', 'TemplateError', 'Turn', 'read_turn', 'Mask', 'get_mask', 'Rendered',
-           'closing_ids', 'render_example', 'MaskView', 'show_mask', 'measure_example']
+           'Writer', 'closing_ids', 'render_example', 'MaskView', 'show_mask', 'measure_example']
 
 # %% ../../nbs/train/render.ipynb #c2e73fdf
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -121,6 +122,18 @@ class Rendered:
         "Prompt, answer and end mark together, visual tokens included."
         return self.tensors['input_ids'].shape[1]
 
+# %% ../../nbs/train/render.ipynb #9e5c698a
+@runtime_checkable
+class Writer(Protocol):
+    "A preparer that writes examples in a form of its own."
+    tokenizer: Any # whose ids it writes
+    form: str # all that lengths depend on, as text
+    def measure_example(self, example:Example) -> Lengths: ... # as the function of this name does
+    def render_example(self, example:Example, max_length:int|None=None) -> Rendered: ... # as the function of this name does
+    def stand_in(self) -> Rendered: ... # an example that nothing is learned from, for a process that has none
+    def collate(self, batch:Sequence[Rendered], packing:bool) -> dict[str, torch.Tensor]: ... # examples end to end, or side by side
+    def show(self, rendered:Rendered) -> 'MaskView': ... # an example for the eye
+
 # %% ../../nbs/train/render.ipynb #db1dbbd8
 Span = tuple[int, int]
 
@@ -200,6 +213,7 @@ def render_example(
     max_length:int|None=None, # tokens; a longer example is dropped, never cut
 ) -> Rendered: # tensors of this example alone
     "The inference prompt, the answer, its end mark, and the labels; raises Dropped, MediaError for an unusable image and nothing to show instead, TemplateError."
+    if isinstance(preparer, Writer): return preparer.render_example(example, max_length)
     try: return _rendered(preparer, example, mask, max_length)
     except MediaError:
         if example.otherwise is None: raise
@@ -244,6 +258,7 @@ def show_mask(
     rendered:Rendered, # an example
 ) -> MaskView: # coloured in a notebook, bracketed as text
     "A rendered example for the eye, decoded from the ids that are trained on."
+    if isinstance(preparer, Writer): return preparer.show(rendered)
     ids, labels, image = rendered.tensors['input_ids'][0].tolist(), rendered.tensors['labels'][0].tolist(), image_token_id(preparer)
     runs = [(key, [i for i, _ in run]) for key, run in groupby(zip(ids, labels), lambda p: (p[1] != IGNORED, p[0] == image))]
     tok = tokenizer_of(preparer)
@@ -257,6 +272,7 @@ def measure_example(
     mask:str='answer', # one of `MASKS`
 ) -> Lengths: # exact
     "The length `render_example` will give if every image can be decoded, none decoded here; raises Dropped, MediaError, TemplateError as it does."
+    if isinstance(preparer, Writer): return preparer.measure_example(example)
     behind, _ = _closing(preparer, example, get_mask(mask))
     if image_parts(example.messages) and preparer is tokenizer_of(preparer): raise Dropped(example.id, 'it has images, and the model has no eyes')
     prompt = measure(preparer, example.messages[:-1], counter)

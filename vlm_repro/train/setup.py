@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..models.checkpoint import checkpoint_folder, has_eyes, read_config, require_files
+from ..models.checkpoint import checkpoint_folder, has_eyes, read_config
 from ..models.inputs import Preparer, load_preparer, set_budget
 from ..models.protocol import parse_spec, tiny_checkpoint
-from ..models.transformers import load_net
+from .kinds import kind_of
 from .parts import freeze, lora_targets
 from .recipe import PARTS, Lora, Recipe, RecipeError
 
@@ -42,18 +42,16 @@ def base_folder(
     spec = parse_spec(recipe.model)
     if spec.kind == 'openai': raise RecipeError(f'model: {recipe.model} answers over the network and cannot be trained; name a folder or a hub id')
     folder = tiny_checkpoint(recipe.tiny) if spec.kind == 'tiny' else checkpoint_folder(spec.name, recipe.revision)
-    require_files(folder, has_eyes(read_config(folder)))
+    kind_of(read_config(folder)).require(folder)
     return folder
 
 def load_processor(
     recipe:Recipe, # names the model and the pixels of an image
 ) -> Preparer: # a processor, or a tokenizer for a model without eyes
-    "The processor, with the recipe's pixel budget."
+    "The processor, as the recipe wants it; raises RecipeError for what this kind of model cannot do."
     folder = base_folder(recipe)
-    eyes = has_eyes(read_config(folder))
-    preparer = load_preparer(folder, eyes)
-    if eyes: set_budget(preparer.image_processor, recipe.min_pixels or None, recipe.max_pixels or None)
-    return preparer
+    kind = kind_of(read_config(folder))
+    return kind.fitted(kind.preparer(folder), recipe)
 
 # %% ../../nbs/train/setup.ipynb #e5a26824
 _DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
@@ -89,7 +87,7 @@ def load_trainable(
     name_accelerator()
     folder = base_folder(recipe)
     config = read_config(folder)
-    net = load_net(folder, has_eyes(config), weights_dtype(recipe), 'cpu', recipe.attention)
+    net = kind_of(config).net(folder, weights_dtype(recipe), recipe.attention)
     if has_eyes(config):
         changed = set_budget(load_preparer(folder, True).image_processor, recipe.min_pixels or None, recipe.max_pixels or None)
         for k in set(changed) & set(vars(net.config)): setattr(net.config, k, changed[k])

@@ -84,7 +84,7 @@ class Tuner(Trainer):
         return Updates(self.run.feed, self.start, self.run.recipe.workers, torch.cuda.is_available())
 
     def get_batch_samples(self, epoch_iterator:Iterator[Fed], num_batches:int, device:torch.device) -> tuple[list, torch.Tensor]:
-        "The micro-batches of one step, and the supervised tokens of all processes."
+        "The micro-batches of one step, and the supervised tokens of all processes, or what they weigh."
         self.run.at = self.state.global_step
         micros = [next(epoch_iterator) for _ in range(self.run.order[self.run.at].turns)]
         lost = [x for fed in micros for x in fed.lost]
@@ -94,11 +94,12 @@ class Tuner(Trainer):
         self._note(lost, items, tokens, n_lost)
         return [micros], torch.tensor(items, device=device)
 
-    def _everywhere(self, numbers:list[int]) -> list[int]:
+    def _everywhere(self, numbers:list[float]) -> list[float]:
         "Sums over all processes."
         if self.args.world_size == 1: return numbers
-        held = torch.tensor(numbers, device=self.args.device)
-        return self.accelerator.reduce(held, 'sum').tolist()
+        held = torch.tensor(numbers, device=self.args.device, dtype=torch.float64)  # weights are no whole numbers, counts stay exact
+        items, *counts = self.accelerator.reduce(held, 'sum').tolist()
+        return [items, *map(int, counts)]
 
     def training_step(self, model:torch.nn.Module, inputs:list[Fed], num_items_in_batch:torch.Tensor|None=None) -> torch.Tensor:
         "All turns of one step, forward and backward."
@@ -147,7 +148,7 @@ MANY = 20
 class NothingLeft(TrainError):
     "Steps in a row of which every example had to be skipped."
 
-def _note(self:Tuner, lost:list, items:int, tokens:int, n_lost:int) -> None:
+def _note(self:Tuner, lost:list, items:float, tokens:int, n_lost:int) -> None:
     run = self.run
     run.skipped.add(run.at, 'training', lost)
     if lost and run.log.shown: print(f'step {run.at}: {len(lost)} skipped{"" if items else ", nothing is left of the step"}, {lost[0].id}: {lost[0].why}', flush=True)
