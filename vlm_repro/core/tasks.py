@@ -76,7 +76,7 @@ class Task:
     rescore: tuple[str, ...] = () # parameters that matter only after generation, so that a finished run can be scored anew with others
 
 # %% ../../nbs/core/tasks.ipynb #0441031b
-TASKS: dict[str, str] = {'gpt4scene': 'vlm_repro.gpt4scene.task', 'mmwalk': 'vlm_repro.mmwalk.task', 'roadbuddy': 'vlm_repro.roadbuddy.task', 'robointer': 'vlm_repro.robointer.task'}
+TASKS: dict[str, str] = {'fitcoach': 'vlm_repro.fitcoach.task', 'gpt4scene': 'vlm_repro.gpt4scene.task', 'mmwalk': 'vlm_repro.mmwalk.task', 'roadbuddy': 'vlm_repro.roadbuddy.task', 'robointer': 'vlm_repro.robointer.task'}
 
 def get_task(
     name:str, # a paper's name

@@ -62,14 +62,20 @@ def by_published_clock(
     said, times = published_feedbacks([acts.vision, *made.token_ids], acts, lambda ids: next(texts))
     return list(zip(times, said))
 
+def _told(made:Generation, extractor:str) -> list[tuple[float, str]]:
+    if made.text and not made.token_ids: # predictions of others, which have times and no stream
+        held = json.loads(made.text)
+        return list(zip(held['timestamps'], held['responses'], strict=True))
+    return list(made.events) if extractor == CORRECTED else by_published_clock(made)
+
 def answer_of(
-    made:Generation, # of `models.stream`, or a failure
+    made:Generation, # of `models.stream`, predictions of others as JSON, or a failure
     extractor:str, # `PUBLISHED` or `CORRECTED`
 ) -> Answer: # its value is JSON: `responses` and `timestamps`, seconds after the start
     "What was said when; a generation of another form is no answer."
     if made.error: return Answer(made.id, None, 'none', extractor, made.error)
-    try: said = list(made.events) if extractor == CORRECTED else by_published_clock(made)
-    except (ValueError, StopIteration) as e: return Answer(made.id, None, 'none', extractor, f'bad_reply: {e or "more feedbacks among its tokens than in its text"}')
+    try: said = _told(made, extractor)
+    except (ValueError, KeyError, TypeError, StopIteration) as e: return Answer(made.id, None, 'none', extractor, f'bad_reply: {e or "more feedbacks among its tokens than in its text"}')
     return Answer(made.id, json.dumps({'responses': [text for _, text in said], 'timestamps': [at for at, _ in said]}, ensure_ascii=False), 'ok', extractor)
 
 def extract(
