@@ -62,7 +62,7 @@ test-slurm: $(STAMP) ## a sweep through a real Slurm on this machine
 
 # METEOR needs Java and the extra `metrics`. Elsewhere its tests are skipped with the reason; here that is a failure.
 test-metrics: $(STAMP) ## METEOR by its own program, and the golden values that hold it
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS),metrics]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS),metrics]'
 	$(BIN)/python -c 'import sys; from vlm_repro.metrics.meteor import meteor_absence; sys.exit(meteor_absence() or None)'
 	$(PYTEST) tests/test_gpt4scene_metrics.py tests/test_robointer_score.py tests/test_fitcoach_score.py
 	$(BIN)/python tests/golden.py tests/golden --only gpt4scene
