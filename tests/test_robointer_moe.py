@@ -104,6 +104,38 @@ def test_balance_is_a_switch(dense):
     assert 2.0 - 1e-5 <= load_balance([torch.eye(4) * 40], 2).item() < 4.0
 
 
+def gradients(dense, reentrant: bool | None, form: str) -> dict[str, torch.Tensor]:
+    "Of every router and expert, after one step with the balance; None for no checkpointing."
+    torch.manual_seed(0)
+    moe = opened(add_experts(dense, "float32", **SMALL, output_router_logits=True, router_aux_loss_coef=0.5), form=form).train()
+    if reentrant is not None:
+        moe.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        moe.enable_input_require_grads()
+    moe(asked(), labels=asked(), use_cache=False).loss.backward()
+    return {n: p.grad.clone() for n, p in moe.named_parameters() if "moe_block" in n and p.grad is not None}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_checkpointing_keeps_the_gradient_of_the_balance(dense, form):
+    plain, again = gradients(dense, None, form), gradients(dense, False, form)
+    routers = [n for n in plain if n.endswith("gate.weight")]
+    assert plain.keys() == again.keys() and all(torch.allclose(plain[n], again[n], atol=1e-7) for n in plain)
+    assert len(routers) == 2 and all(plain[n].abs().max() > 0 for n in routers)
+
+
+def test_checkpointing_that_would_lose_the_balance_is_refused(dense):
+    with pytest.raises(ValueError, match="use_reentrant"): gradients(dense, True, "dense")
+
+
+def test_the_balance_moves_the_routers_by_itself(dense):
+    moe = opened(add_experts(dense, "float32", **SMALL, output_router_logits=True, router_aux_loss_coef=0.5)).train()
+    moe.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    moe.enable_input_require_grads()
+    moe(asked(), labels=asked(), use_cache=False)
+    moe.balance().backward()
+    assert all(layer.moe_block.gate.weight.grad.abs().max() > 0 for layer in moe.model.language_model.layers)
+
+
 def test_padding_does_not_count():
     logits = [torch.randn(6, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     mask = torch.tensor([[1, 1, 0], [1, 1, 0]])

@@ -212,10 +212,12 @@ class Qwen2_5_VLMoeForConditionalGeneration(_Initialised, qwen.Qwen2_5_VLForCond
         return [layer.moe_block.logits for layer in self.model.language_model.layers if hasattr(layer, "moe_block")]
 
     def balance(self, attention_mask: torch.Tensor | None = None) -> torch.Tensor | None:
-        "The weighted load-balancing term of the last forward pass; None where it is switched off."
+        "The weighted load-balancing term of the last forward pass; None where it is switched off. Raises ValueError where no gradient would reach the routers."
         text = self.config.text_config
         if not text.output_router_logits:
             return None
+        if torch.is_grad_enabled() and any(layer.moe_block.gate.weight.requires_grad and not layer.moe_block.logits.requires_grad for layer in self.model.language_model.layers if hasattr(layer, "moe_block")):
+            raise ValueError("reentrant gradient checkpointing cuts the load-balancing term off from the routers: give activation_checkpointing_kwargs={'use_reentrant': False}")
         return text.router_aux_loss_coef * load_balance(self.router_logits, text.num_experts_per_tok, attention_mask)
 
     @wraps(qwen.Qwen2_5_VLForConditionalGeneration.forward)
