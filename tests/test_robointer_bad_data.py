@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 from vlm_repro.cli_data import data_app
 from vlm_repro.core.check import CheckReport, most_telling
 from vlm_repro.core.jsonl import Problem
-from vlm_repro.core.tasks import get_task
+from vlm_repro.core.tasks import check_settings, get_task
 from vlm_repro.models.protocol import load_model
 from vlm_repro.robointer.check import check, copies_differ
 from vlm_repro.robointer.data import load
 from vlm_repro.robointer.index import build_index, open_records
+from vlm_repro.robointer.records import RecordError, oddities, record_of
 from vlm_repro.robointer.registry import named
 from vlm_repro.robointer.task import RoboInterSettings, data_folder
 from vlm_repro.train.paper import complete_run
@@ -46,6 +47,26 @@ def test_a_question_about_an_image_that_it_has_not_is_left_out(tmp_path):
 def test_a_size_that_qwen_cannot_see_is_left_out(tmp_path):
     write(tmp_path, 'current_box_val', [item(0), {k: v for k, v in item(1, h=9, w=9).items() if k not in ('new_h', 'new_w')}])
     assert [p.label for p in load(tmp_path).problems if p.dropped] == ['bad_size']
+
+
+@pytest.mark.parametrize('odd, label', [({'conversations': [{'from': ['human'], 'value': 'x'}]}, 'unknown_role'), ({'gt': '({1,2},)'}, 'bad_gt'), ({'gt': "[b'a']"}, 'bad_gt'), ({'id': True}, 'no_id')])
+def test_no_field_of_a_record_ends_the_load(tmp_path, odd, label):
+    write(tmp_path, 'current_box_val', [item(0), item(1, **odd)])
+    data = load(tmp_path)
+    assert len(data.samples) == 1 and [p.label for p in data.problems if p.dropped] == [label] and label in {p.label for p in check(tmp_path).problems}
+
+
+def test_a_question_that_is_nothing_is_left_out(tmp_path):
+    for asked, label in (({'question': None, 'ground_truth': 'Yes'}, 'no_question'), ({'question': 'Is it?', 'ground_truth': None}, 'no_question')):
+        with pytest.raises(RecordError, match=label): record_of({'id': 'a', 'image_path': 'a.jpg', **asked})
+    both = item(0, image='b.jpg')
+    assert 'two_lists_of_images' in dict(oddities(both, record_of(both)))
+
+
+def test_a_mixture_that_the_recipe_does_not_take_is_refused():
+    settings = RoboInterSettings(recipe='tiny', mixture='droid_vla_contact_box_train')
+    with pytest.raises(ValueError, match='names its own data'): check_settings(get_task('robointer'), settings)
+    check_settings(get_task('robointer'), RoboInterSettings(recipe='published', mixture='droid_vla_contact_box_train'))
 
 
 def test_a_bad_truth_does_not_end_a_run(tmp_path):

@@ -181,6 +181,33 @@ def test_answers_in_thousandths_are_found_out_over_a_run():
     assert score_boxes.frame_fits(samples, written).suspect == 'permille'
 
 
+@pytest.mark.parametrize('task, text, why', [
+    ('traj', '{"contact_bbox": [[17, 60], [107, 80]]}', 'other_key'), ('contact_point', '{"final_bbox": [[17, 60], [107, 80]]}', 'other_key'), ('current_box', '{"gripper_det_bbox": [[17, 60], [107, 80]]}', 'other_key'),
+    ('traj', '{"contact_contact_bbox": [[17, 60], [107, 80]]}', 'other_key'), ('current_box', '{"future_traj": [[17, 60], [107, 80]]}', 'other_key'), ('traj', '{"bbox_2d": [17, 60, 107, 80]}', 'other_key'),
+    ('current_box', '```json\n[{"bbox_2d": [69, 95, 184, 167], "label": "cup"}, {"bbox_2d": [1, 2, 3, 4], "label": "pan"}]\n```', 'ambiguous'),
+    ('current_box', '[[69, 95, 184], [167]]', 'bad_arity'), ('current_box', '[69%, 95%, 80%, 99%]', 'percentages'), ('current_box', '[[69, 95], [184, 167]] or [[1, 2], [3, 4]]', 'bad_arity')])
+def test_the_answer_to_another_question_is_none(task, text, why):
+    sample = asked(task, json.dumps({KINDS[task].key: [[69, 95], [184, 160]]}))
+    answer = extract([sample], [Generation(sample.id, text)])[-1]
+    assert answer.value is None and why in answer.error and answer.status == ('ambiguous' if why == 'ambiguous' else 'none')
+
+
+@pytest.mark.parametrize('task, text', [
+    ('current_box', '{"current_bbox": [[69, 95], [184, 160]], "final_bbox": [[1, 2], [3, 4]]}'), ('current_box', '{"bbox_2d": [69, 95, 184, 160], "label": "cup"}'), ('current_box', 'x1=69 y1=95 x2=184 y2=160'),
+    ('current_box', '{"x1": 69, "y1": 95, "x2": 184, "y2": 160}'), ('current_box', '{"answer": {"current_bbox": [[69, 95], [184, 160]]}}'), ('contact_point', '{"points": [[69, 95], [184, 160]]}'),
+    ('traj', '{"trajectory": [[69, 95], [184, 160]]}'), ('current_box', '{"bbox_2d": [69, 95, 184, 160]} and again {"bbox_2d": [69, 95, 184, 160]}'), ('current_box', '{"coordinates": [[69, 95], [184, 160]]}')])
+def test_other_words_for_the_same_places_are_read(task, text):
+    sample = asked(task, json.dumps({KINDS[task].key: [[69, 95], [184, 160]]}))
+    assert json.loads(extract([sample], [Generation(sample.id, text)])[-1].value) == [[69, 95], [184, 160]]
+
+
+def test_our_files_give_the_published_scorer_our_published_numbers():
+    sample = asked('traj', json.dumps({'future_traj': [[100, 200], [150, 250]]}), 'RH20T_cfg7#1', w='640', h='360', new_w='644', new_h='364')
+    told = Generation(sample.id, '[[110, 210], [160, 240]]')
+    ours = next(x for x in measure([sample]*2, extract([sample], [told])) if (x.metric, x.variant) == ('dtw', 'as_published'))
+    assert upstream.published_scores('qwen25', {'traj': upstream.details_of([sample], [told])}).tasks['traj']['mean_dtw'] == pytest.approx(ours.values[0], abs=1e-8)
+
+
 def test_flips_are_what_differs():
     sample = asked('contact_decide', 'Yes')
     assert [c.id for c in flips(list(scored(sample, '').values()))] == [sample.id] and not flips(list(scored(sample, 'Yes').values()))
@@ -188,7 +215,10 @@ def test_flips_are_what_differs():
 
 def test_files_of_answers_go_and_come_back(tmp_path):
     samples = [asked('current_box', BOX), asked('contact_decide', 'Yes', record_id='as released')]
-    upstream.write_details(tmp_path, samples, [Generation(samples[0].id, BOX), Generation(samples[1].id, 'Ja 是')])
+    made = [Generation(samples[0].id, BOX), Generation(samples[1].id, 'Ja 是')]
+    upstream.write_details(tmp_path, samples, made)
+    assert 'image_size' not in upstream.read_folder(tmp_path)['current_box'][0]
+    upstream.write_details(tmp_path, samples, made, sizes=True)
     found = upstream.read_folder(tmp_path)
     assert found['contact_decide'][0]['id'] == 'as released' and found['contact_decide'][0]['pred'] == 'Ja 是' and found['current_box'][0]['image_size'] == [320, 180]
     (tmp_path/'eval_details_gripper.json').write_text('[]')

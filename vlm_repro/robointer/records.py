@@ -41,7 +41,7 @@ class Turn:
 def _turn(held:Any) -> Turn:
     if not isinstance(held, Mapping): raise RecordError('bad_turn', f'a turn is {held!r:.60}, not an object; {_RESTORE}')
     role, text = held.get('from', held.get('role')), held.get('value', held.get('content'))
-    if role not in ROLES: raise RecordError('unknown_role', f'{role!r} speaks; there are {", ".join(ROLES)}')
+    if not isinstance(role, str) or role not in ROLES: raise RecordError('unknown_role', f'{role!r} speaks; there are {", ".join(ROLES)}')
     if not isinstance(text, str): raise RecordError('bad_turn', f'the {role} says {text!r:.60}, not a text; {_RESTORE}')
     return Turn(ROLES[role], text)
 
@@ -50,6 +50,7 @@ def turns_of(
 ) -> tuple[Turn, ...]: # from the first question on
     "The conversation of a record; what was said before the first question is dropped, as upstream drops it; raises RecordError for anything that is none."
     if 'conversations' not in item and 'question' in item:
+        if item['question'] is None or item.get('ground_truth', '') is None: raise RecordError('no_question', f'question and ground_truth are {item["question"]!r:.40} and {item.get("ground_truth")!r:.40}; {_RESTORE}')
         return Turn('user', str(item['question'])), *([Turn('assistant', str(item['ground_truth']))] if 'ground_truth' in item else [])
     held = item.get('conversations')
     if not isinstance(held, list): raise RecordError('no_conversation', f'conversations are {held!r:.60}, not a list; {_RESTORE}')
@@ -82,6 +83,10 @@ def images_of(
     return tuple(map(image_path, paths))
 
 # %% ../../nbs/robointer/records.ipynb #c311fc0d
+def _plain(held:Any, value:str) -> Any:
+    try: return json.loads(json.dumps(held))
+    except (TypeError, ValueError) as e: raise RecordError('bad_gt', f'{value!r:.60} holds what no list of numbers holds ({e}); {_RESTORE}') from e
+
 def truth_of(
     value:Any, # the record's `gt`
 ) -> Any: # lists and numbers where it holds them; the text itself where it is one
@@ -90,7 +95,7 @@ def truth_of(
     for read in (json.loads, ast.literal_eval):
         try: held = read(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError): continue
-        if isinstance(held, list | tuple | dict): return json.loads(json.dumps(held))
+        if isinstance(held, list | tuple | dict): return _plain(held, value)
     return value
 
 # %% ../../nbs/robointer/records.ipynb #c7cd8068
@@ -146,7 +151,7 @@ def record_of(
 ) -> Record:
     "A record in one form, its bulky fields left behind; raises RecordError where it cannot be used."
     id = item.get('id', images_of(item)[0] if 'image_path' in item and images_of(item) else None)
-    if not isinstance(id, str | int) or not str(id): raise RecordError('no_id', f'id is {id!r:.60}; {_RESTORE}')
+    if isinstance(id, bool) or not isinstance(id, str | int) or not str(id): raise RecordError('no_id', f'id is {id!r:.60}; {_RESTORE}')
     gt = item.get('gt', item.get('ground_truth'))
     return Record(str(id), str(item.get('task') or ''), turns_of(item), images_of(item), truth_of(gt), _size(item, 'w', 'h'), _size(item, 'new_w', 'new_h'), bool(item.get('is_local')))
 
@@ -172,6 +177,7 @@ def oddities(
     tags = sum(t.text.count(TAG) for t in record.turns if t.role == 'user')
     if not record.images: yield ('lost_images', f'{tags} image tags and no image: nobody can answer that; {_RESTORE}') if tags else ('no_images', 'a record of text alone, which the released loader cannot read')
     elif tags not in (0, len(record.images)): yield 'tag_count', f'{tags} image tags for {len(record.images)} images'
+    if len(held := [k for k in ('images', 'image', 'image_path') if item.get(k) is not None]) > 1: yield 'two_lists_of_images', f'{" and ".join(held)} are both there; {held[0]} is read'
     if isinstance(item.get('images'), str): yield 'one_image_as_text', 'images is one path, not a list'
     given = item.get('images', item.get('image', item.get('image_path')))
     stale = [p for p in ([given] if isinstance(given, str) else given or []) if image_path(p) != str(PurePosixPath(p))]

@@ -227,8 +227,11 @@ def paper_table(
 def check_inputs(
     settings:RoboInterSettings, # of a run that asks
 ) -> None:
-    "Raises DataError for prompt texts that cannot be read."
+    "Raises DataError for prompt texts that cannot be read, ValueError for a mixture that the recipe does not train on."
     if settings.texts: read_texts(settings.texts)
+    if not settings.tunes or settings.mixture == RoboInterSettings.mixture: return
+    trained = {s.settings.get('mixture') for s in training_recipe(settings).data}
+    if settings.mixture not in trained: raise ValueError(f'mixture={settings.mixture!r} is not possible with recipe={settings.recipe!r}, which names its own data ({", ".join(map(str, trained))}); leave one of them out')
 
 # %% ../../nbs/robointer/task.ipynb #4127690e
 def write_published_files(
@@ -240,7 +243,7 @@ def write_published_files(
     by_id = {g.id: g for g in made}
     pairs = [(s, by_id[s.id]) for s in samples if s.id in by_id]
     asked, said = ([p[k] for p in pairs] for k in (0, 1))
-    write_details(run.path('upstream'), asked, [_stored(s, g, settings) for s, g in pairs])
+    write_details(run.path('upstream'), asked, [_stored(s, g, settings) for s, g in pairs])  # without sizes, so that the published scorer gives them our published numbers
     seconds = {id: row['seconds']/len(row['ids']) for row in run.rows('timings') for id in row.get('ids', ())}
     write_logs(run.path('upstream')/'logs', settings.model, asked, said, scores, reduce_scores(samples, scores, settings), seconds)
     return run.path('upstream')

@@ -65,15 +65,17 @@ def details_name(
 def details_of(
     samples:Sequence[Sample], # of one task
     generations:Sequence[Generation], # one a sample, in the same order
+    sizes:bool=False, # with the size of the image, as InternVL's evaluator alone writes it
 ) -> list[dict[str, Any]]: # as the published evaluators write them
     "Answers in the published form; a call that failed leaves an empty answer."
-    def size(s:Sample) -> dict[str, list[int]]: return {'image_size': [int(s.meta['w']), int(s.meta['h'])]} if s.meta.get('w') and s.meta.get('h') else {}
+    def size(s:Sample) -> dict[str, list[int]]: return {'image_size': [int(s.meta['w']), int(s.meta['h'])]} if sizes and s.meta.get('w') and s.meta.get('h') else {}
     return [{'id': record_id(s), 'pred': g.text, 'gt': s.gold, 'image_path': s.media[0].path if s.media else '', **size(s)} for s, g in paired(samples, generations)]
 
 def write_details(
     folder:Path|str, # of a model
     samples:Sequence[Sample], # of any tasks
     generations:Sequence[Generation], # one a sample, in the same order
+    sizes:bool=False, # as `details_of`
 ) -> list[Path]: # one a task
     "Writes the answers of a run, a file a task."
     held: dict[str, list[tuple[Sample, Generation]]] = {}
@@ -82,7 +84,7 @@ def write_details(
     out = []
     for task, pairs in held.items():
         out.append(Path(folder)/details_name(task))
-        out[-1].write_text(json.dumps(details_of(*map(list, zip(*pairs, strict=True))), indent=2, ensure_ascii=False), encoding='utf-8')
+        out[-1].write_text(json.dumps(details_of(*map(list, zip(*pairs, strict=True)), sizes), indent=2, ensure_ascii=False), encoding='utf-8')
     return out
 
 def read_details(
