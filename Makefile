@@ -65,6 +65,7 @@ test-metrics: $(STAMP) ## METEOR by its own program, and the golden values that 
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS),metrics]'
 	$(BIN)/python -c 'import sys; from vlm_repro.metrics.meteor import meteor_absence; sys.exit(meteor_absence() or None)'
 	$(PYTEST) tests/test_gpt4scene_metrics.py tests/test_robointer_score.py tests/test_fitcoach_score.py
+	$(PYTEST) tests/test_benchmarks_quick.py -k captions
 	$(BIN)/python tests/golden.py tests/golden --only gpt4scene
 
 lint: $(STAMP) ## unused names, bare and blind excepts, complexity, import order

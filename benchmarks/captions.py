@@ -16,10 +16,13 @@ from bench import arguments, finish, hot_spots, interleaved, least, now, one_thr
 
 one_thread()
 
-from pycocoevalcap.bleu.bleu import Bleu  # noqa: E402
-from pycocoevalcap.cider.cider import Cider  # noqa: E402
-from pycocoevalcap.rouge.rouge import Rouge  # noqa: E402
-from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer  # noqa: E402
+try:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error.name} is not installed, and it is what is compared with: pip install 'vlm-repro[metrics]'") from error
 
 from vlm_repro.metrics import captions, ptb  # noqa: E402
 

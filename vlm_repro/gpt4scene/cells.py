@@ -145,7 +145,8 @@ class Openings(list[Opening]):
         return '\n'.join(['| benchmark | questions that begin with | n | EM |', '|---|---|---|---|', *(f'| {o.benchmark} | {o.words} … | {o.n} | {o.em:.1f} |' for o in self)])
 
 def _opening(sample:Sample, words:int) -> str:
-    asked = [part for part in re.split(r'(?<=[.!?])\s+', sample.question.strip()) if part]
+    told = [part for part in re.split(r'(?<=[.!?])\s+', sample.question.strip()) if part]
+    asked = [part for part in told if part.endswith('?')] or told[:1]
     return ' '.join(asked[-1].split()[:words]) if asked else ''
 
 def by_opening(
