@@ -7,7 +7,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/fitcoach/figure.html.md"""
 # %% auto #0
 __all__ = ['Angles', 'TRUNK', 'NECK', 'UPPER', 'FORE', 'THIGH', 'SHIN', 'SHOULDER', 'HIP', 'HEAD', 'EXERCISES', 'STANDING',
            'WAVING', 'HEIGHT', 'INNER', 'WIDE', 'joints_of', 'both', 'Mistake', 'Exercise', 'pose', 'Look',
-           'sample_look', 'draw_figure', 'Rep', 'amounts', 'pose_at']
+           'sample_look', 'places_of', 'draw_figure', 'Rep', 'amounts', 'pose_at']
 
 # %% ../../nbs/fitcoach/figure.ipynb #9d3b5a91
 from collections.abc import Mapping, Sequence
@@ -155,6 +155,19 @@ _BONES = (('l_hip', 'l_knee', 'trousers', .055), ('l_knee', 'l_foot', 'trousers'
           ('pelvis', 'neck', 'shirt', .10), ('l_shoulder', 'r_shoulder', 'shirt', .06), ('l_shoulder', 'l_elbow', 'shirt', .045), ('l_elbow', 'l_hand', 'skin', .036), ('r_shoulder', 'r_elbow', 'shirt', .045), ('r_elbow', 'r_hand', 'skin', .036),
           ('neck', 'head', 'skin', .04))
 
+def places_of(
+    angles:Angles, # degrees
+    yaw:float, # degrees
+    look:Look=Look(),
+    width:int=WIDE, # pixels
+) -> dict[str, tuple[float, float, float]]: # joint → column, row, and how near it is in body heights
+    "Where joints are in a picture."
+    joints = joints_of(angles)
+    places = np.array(list(joints.values())) @ _turn(1, yaw + look.yaw).T
+    places[:, 0] -= (places[:, 0].min() + places[:, 0].max() + HEAD)/2 if angles.get('pitch', 0) else 0
+    tall = _TALL*look.scale
+    return {n: (width/2 + look.shift + p[0]*tall, _FLOOR - p[1]*tall - 3, p[2]) for n, p in zip(joints, places)}
+
 def draw_figure(
     angles:Angles, # degrees
     yaw:float, # degrees
@@ -162,14 +175,7 @@ def draw_figure(
     width:int=WIDE, # pixels; `INNER` draws what the network sees
 ) -> Image.Image: # RGB, 224 rows
     "A picture of a figure in its room."
-    joints = joints_of(angles)
-    turn = _turn(1, yaw + look.yaw)
-    names = list(joints)
-    places = np.array([joints[n] for n in names]) @ turn.T
-    places[:, 0] -= (places[:, 0].min() + places[:, 0].max() + HEAD)/2 if angles.get('pitch', 0) else 0
-    tall = _TALL*look.scale
-    at = {n: (width/2 + look.shift + p[0]*tall, _FLOOR - p[1]*tall - 3, p[2]) for n, p in zip(names, places)}
-    image = _room(look, width).copy()
+    at, tall, image = places_of(angles, yaw, look, width), _TALL*look.scale, _room(look, width).copy()
     draw = ImageDraw.Draw(image)
     for a, b, part, thick in sorted(_BONES, key=lambda bone: at[bone[0]][2] + at[bone[1]][2]):
         r, shade = thick*tall/2, np.clip(1 + .9*(at[a][2] + at[b][2]), .72, 1)
