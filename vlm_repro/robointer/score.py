@@ -10,9 +10,10 @@ __all__ = ['METRICS', 'measure', 'flips', 'failures']
 # %% ../../nbs/robointer/score.ipynb #2d2261f9
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from ..core.records import Answer, Sample, Score, paired
-from ..metrics.variants import Changes, changes
+from ..metrics.variants import Change, Changes, changes
 from .kinds import kind_of
 from .planning import CHOICE_METRIC, TEXT_METRIC, score_choice, score_text
 from .score_boxes import METRIC as BOX_METRIC
@@ -38,11 +39,20 @@ def measure(
     check_source(source)
     return [x for s, a in paired(samples, answers) for x in _SCORERS[kind_of(s.meta['task']).family](s, a, source)]
 
+_ROUNDING = .05 # of overlap: what a lost fraction of a pixel can make
+
+def _why(change:Change) -> str:
+    a, b = change.corrected, change.as_published
+    if a is None or b is None or change.metric not in (BOX_METRIC, *TRACE_METRICS, POINT_METRIC): return 'reading: the published scorer reads the text in another way'
+    if change.metric != BOX_METRIC: return 'scale: the published scorer assumes a size, and leaves zero out of its mean'
+    if abs(a[0] - b[0]) < _ROUNDING: return 'fraction: whole numbers lose theirs when the published scorer scales them' + ('' if a[1:] == b[1:] else ', past a threshold')
+    return 'reading: the published scorer takes other numbers for the box'
+
 def flips(
     scores:Sequence[Score], # both variants
 ) -> Changes: # a table
-    "The scores that differ between the variants."
-    return changes(scores, [m for names in METRICS.values() for m in names])
+    "The scores that differ between the variants, with the reason where the answer itself was in order."
+    return Changes(replace(c, label=_why(c)) if c.label == 'ok' else c for c in changes(scores, [m for names in METRICS.values() for m in names]))
 
 def failures(
     scores:Sequence[Score], # of any variant
