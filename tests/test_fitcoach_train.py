@@ -14,6 +14,7 @@ from train_toy import losses
 from vlm_repro.core.records import Request
 from vlm_repro.fitcoach.model import load_stream_vlm
 from vlm_repro.models.protocol import ModelError, load_model
+from vlm_repro.train.assess import as_answering
 from vlm_repro.train.batches import collator
 from vlm_repro.train.data import pool
 from vlm_repro.train.dryrun import dry_run
@@ -68,6 +69,13 @@ def taught(folder):
 def test_the_loss_falls_and_what_was_taught_is_said(folder, taught):
     assert taught.finished and losses(folder / "taught")[-1] < 0.1 * losses(folder / "taught")[0]
     model = load_model(taught.weights)
+    assert said(model.generate(requests(folder), 32)) == wanted(folder)
+
+
+@pytest.mark.parametrize("tuning", [LOOKING, LORA], ids=["whole", "adapters"])
+def test_a_model_in_training_answers_as_a_loaded_one(folder, taught, tuning):
+    recipe = stream_recipe(folder, model=taught.weights, tuning=tuning)
+    model = as_answering(load_trainable(recipe).eval(), load_processor(recipe))
     assert said(model.generate(requests(folder), 32)) == wanted(folder)
 
 

@@ -55,8 +55,9 @@ class Streams:
 
     def shell(self, config:hf.PretrainedConfig) -> torch.nn.Module:
         "Shapes and no weights."
-        with torch.device('meta'): net = hf.AutoModelForCausalLM.from_config(config)
-        return add_looking(net, looking_of(net))
+        with torch.device('meta'):
+            net = hf.AutoModelForCausalLM.from_config(config)
+            return add_looking(net, looking_of(net))
 
     def carry(self, base:Path, folder:Path) -> None:
         "The 3-D CNN."
