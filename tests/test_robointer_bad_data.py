@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from vlm_repro.cli_data import data_app
 from vlm_repro.core.check import CheckReport, most_telling
 from vlm_repro.core.jsonl import Problem
+from vlm_repro.core.records import Sample
 from vlm_repro.core.tasks import check_settings, get_task
 from vlm_repro.models.protocol import load_model
 from vlm_repro.robointer.check import check, copies_differ
@@ -192,3 +193,22 @@ def test_the_check_command_tells_what_is_left_out_first(tmp_path):
     first = next(k for k, line in enumerate(lines) if line.startswith('  '))
     assert code == 1 and 'bad_arity' in lines[first] and 'left out or broken' in lines[first - 1]
     assert len(call('check', 'robointer', '--root', str(tmp_path), '--all')[1]) >= len(told)
+
+
+# ---------------------------------------------------------------- what the page draws
+
+
+def test_pictures_and_copies_that_are_not_there_stop_no_page(tmp_path):
+    import matplotlib
+    matplotlib.use('Agg')
+    from vlm_repro.robointer.figures import film_strip, gallery, in_all_frames
+    write(tmp_path, 'current_box_val', [item(0), item(1, conversations=[said('x')[0], {'from': 'gpt', 'value': '[[69, 95], [184, 167]]'}])])
+    data = load(tmp_path)
+    bare = Sample(data.samples[0].id, (), data.samples[0].question, data.samples[0].gold, data.samples[0].meta)
+    words = [[t.get_text() for t in axes.texts] for axes in gallery([*data.samples, bare], data).axes]
+    assert words[:3] == [['no picture']]*3 and [t.get_text() for t in film_strip(data.samples[0], data).axes[0].texts] == ['no picture']
+    one = in_all_frames({'smart_resize_format': data.samples[0]})
+    assert one.count('\n') == 3 and 'another place' not in one
+    write(tmp_path, 'current_box_val', [item(0, [[1, 2], [30, 40]])], 'origin_format')
+    both = in_all_frames({'smart_resize_format': data.samples[0], 'origin_format': load(tmp_path, copy='origin_format').samples[0]})
+    assert 'origin_format: another place than smart_resize_format has' in both

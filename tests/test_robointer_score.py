@@ -235,7 +235,7 @@ def test_the_published_tables_and_their_columns():
 def test_boards_say_what_they_cannot_do(tmp_path):
     with pytest.raises(ValueError, match='NameError'): leaderboards.boards_of(['RoboVQA'])
     with pytest.raises(leaderboards.BoardsError, match='no virtual environment'): leaderboards.check_environment(tmp_path)
-    with pytest.raises(leaderboards.BoardsError, match='cannot be asked'): leaderboards.family_of(tmp_path)
+    with pytest.raises(leaderboards.BoardsError, match='no folder of a checkpoint'): leaderboards.family_of(tmp_path)
 
 
 TASK = """task: squares
@@ -269,6 +269,26 @@ def text(doc, kwargs=None): return doc["question"]
 
 def results(doc, results): return {"length": len(results[0])}
 """
+
+
+@pytest.mark.parametrize('held', ['{"results": {"mme": null, "pope": 3}, "n-samples": {"pope": 7, "mme": {"effective": "x"}}}', '{"results": {"pope": {"pope_f1_score,none": NaN}}}'])
+def test_a_result_file_with_holes_leaves_empty_cells(tmp_path, held):
+    (tmp_path/'a_results.json').write_text(held)
+    found = leaderboards.read_results(tmp_path/'a_results.json')
+    assert all(c.value is None and c.n == 0 for c in leaderboards.results_cells(found, 'x'))
+
+
+def test_a_result_file_is_shown_beside_the_published_numbers(tmp_path):
+    from typer.testing import CliRunner
+
+    from vlm_repro.cli_boards import boards_app
+    path = tmp_path/'a_results.json'
+    path.write_text(json.dumps({'results': {'pope': {'pope_f1_score,none': .793}}, 'n-samples': {'pope': {'original': 9000, 'effective': 5}}}))
+    told = CliRunner().invoke(boards_app, ['read', str(path), '--as', 'Qwen/Qwen2.5-VL-3B-Instruct', '--out', str(tmp_path/'t.csv')])
+    assert told.exit_code == 0 and '79.30' in told.output and '85.9' in told.output and 'only 5 of 9,000' in told.output and 'cannot be judged' in (tmp_path/'t.csv').read_text()
+    path.write_text('{"results": ')
+    assert 'a_results.json: not JSON' in str(CliRunner().invoke(boards_app, ['read', str(path)]).exception)
+    with pytest.raises(leaderboards.BoardsError, match='fetch it first'): leaderboards.family_of('Qwen/Qwen2.5-VL-3B-Instruct')
 
 
 @pytest.mark.slow

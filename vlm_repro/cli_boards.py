@@ -21,6 +21,16 @@ def _boards(columns:str) -> list:
     from vlm_repro.robointer.leaderboards import BOARDS, boards_of
     return boards_of([c.strip() for c in columns.split(',') if c.strip()] or list(BOARDS))
 
+def _told(found:dict, model:str, boards:list, out:str) -> str:
+    import csv
+
+    from vlm_repro.core.text import columns
+    from vlm_repro.robointer.leaderboards import boards_table, parts_asked, results_cells
+    head, *lines = boards_table(results_cells(found, model, boards), parts_asked(found))
+    if out:
+        with open(out, 'w', newline='', encoding='utf-8') as f: csv.writer(f, lineterminator='\n').writerows([head, *lines])
+    return columns(lines, head, right={2, 3, 5}) + (f'\n\n{out}' if out else '') if lines else 'no board of ours is in this file'
+
 @boards_app.command(short_help='Make the environment of lmms-eval.')
 def setup(
     env:Annotated[str, typer.Argument(help='A folder to make; some 7 GB.')],
@@ -48,21 +58,22 @@ def run(
 
     vlm-repro leaderboards run lmms models/tuned runs/boards --columns POPE,OCRBench
     """
-    from vlm_repro.robointer.leaderboards import read_results, results_cells, run_boards
+    from vlm_repro.robointer.leaderboards import read_results, run_boards
     boards = _boards(columns)
     run_boards(env, model, boards, out, device=device, batch=batch, limit=limit)
-    typer.echo(repr(results_cells(read_results(f'{out}/results'), named or model, boards)))
+    typer.echo(_told(read_results(f'{out}/results'), named or model, boards, f'{out}/table.csv'))
 
 @boards_app.command(short_help='Show a result file as cells.')
 def read(
     results:Annotated[str, typer.Argument(help='A result file of lmms-eval, or a folder with some: the newest counts.')],
     named:As='',
     columns:Columns='',
+    out:Annotated[str, typer.Option(help='A CSV file to write the lines to.')]='',
 ) -> None:
     """Print a result file of lmms-eval as cells of our table, and the columns that nothing published can score.
 
     vlm-repro leaderboards read runs/boards/results --as Qwen/Qwen2.5-VL-3B-Instruct
     """
-    from vlm_repro.robointer.leaderboards import NO_SCORER, read_results, results_cells
-    typer.echo(repr(results_cells(read_results(results), named or 'this model', _boards(columns))))
+    from vlm_repro.robointer.leaderboards import NO_SCORER, read_results
+    typer.echo(_told(read_results(results), named or 'this model', _boards(columns), out))
     typer.echo('\n' + '\n'.join(f'{name}: no cell, {why}' for name, why in NO_SCORER.items()))
