@@ -23,8 +23,7 @@ from PIL import Image
 
 from ..core.records import digest
 from ..core.video import write_clip
-from ..core.worlds import build_once, cache_dir, source_hashes, write_whole
-from ..mmwalk.world import frame_rng
+from ..core.worlds import build_once, cache_dir, frame_rng, source_hashes, write_whole
 from . import coach, figure
 from .clock import OFFSET, SECOND
 from .coach import Workout, correction, kinds_of, quick_rep, sample_names, sample_workout, shown_until, slow_rep
