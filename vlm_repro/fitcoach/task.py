@@ -36,7 +36,7 @@ from .extraction import CORRECTED, PUBLISHED, extract
 from .feature_store import Store, features_for
 from .judging import judge_run, load_judge
 from .prompt import read_texts, render
-from .train_examples import PARTS, SHORT, part_of_split, short_examples, training_examples
+from .train_examples import PARTS, SHORT, part_of_split, short_examples, short_features, training_examples
 from .upstream import read_predictions, write_upstream
 from .windows import MODES
 from .world import Size, build_world, default_world
@@ -161,8 +161,9 @@ def examples_of(
 ) -> 'Sequence[Example]': # in order
     "The training conversations; raises DataError saying what is missing."
     one_of('split', split, (*PARTS, *SHORT))
-    whole = load(root := data_folder(settings), 'train', settings.mode, settings.window)
-    if split in SHORT: return short_examples(root, split, store_of(whole, settings).root)
+    root = data_folder(settings)
+    if split in SHORT: return short_examples(root, split, short_features(root, split, settings.model, settings.features))
+    whole = load(root, 'train', settings.mode, settings.window)
     chosen = choose(part_of_split(whole.samples, split), settings.exercises, settings.limit, settings.seed)
     return training_examples(chosen, render_clips(replace(whole, samples=chosen), settings))
 
