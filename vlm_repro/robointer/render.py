@@ -6,7 +6,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/robointer/render.html.md"""
 
 # %% auto #0
 __all__ = ['OVER', 'Colour', 'PARTS', 'LOOKS', 'EDGE', 'FINGER', 'INKS', 'tone', 'Pen', 'draw_thing', 'Look', 'draw_gripper',
-           'backdrop', 'draw_large', 'shrink', 'draw_frame', 'Marks', 'draw_marks', 'draw_marked']
+           'backdrop', 'draw_large', 'noise_of', 'shrink', 'draw_frame', 'Marks', 'draw_marks', 'draw_marked']
 
 # %% ../../nbs/robointer/render.ipynb #03687cf2
 from dataclasses import dataclass
@@ -128,16 +128,23 @@ def draw_large(episode: Episode, now: Moment) -> Image.Image:  # `OVER` times as
     return picture
 
 
+@lru_cache(maxsize=4)
+def noise_of(texture: int, high: int, wide: int) -> tuple[np.ndarray, np.ndarray]:  # light and grain of an episode's camera
+    "What the camera adds to every frame of an episode."
+    rng = np.random.default_rng(texture)
+    light = rng.uniform(0.9, 1.08) + rng.uniform(-0.06, 0.06) * np.linspace(-1, 1, wide)[None, :, None]
+    return light, rng.normal(0, 3.0, (high // 2, wide // 2, 1)).repeat(2, 0).repeat(2, 1)
+
+
 def shrink(picture: Image.Image, texture: int) -> Image.Image:  # at the size of its source
     "Make a frame smaller and add the camera's noise."
     small = np.asarray(picture.reduce(OVER), np.float32)
-    rng = np.random.default_rng(texture)
-    light = rng.uniform(0.9, 1.08) + rng.uniform(-0.06, 0.06) * np.linspace(-1, 1, small.shape[1])[None, :, None]
-    grain = rng.normal(0, 3.0, (small.shape[0] // 2, small.shape[1] // 2, 1)).repeat(2, 0).repeat(2, 1)
+    light, grain = noise_of(texture, *small.shape[:2])
     return Image.fromarray(np.clip(small * light + grain, 0, 255).astype(np.uint8))
 
 
-def draw_frame(episode: Episode, now: Moment) -> Image.Image:
+@lru_cache(maxsize=64)
+def draw_frame(episode: Episode, now: Moment) -> Image.Image:  # shared: copy it before drawing into it
     "A frame at the size of its source."
     return shrink(draw_large(episode, now), episode.texture)
 
@@ -182,7 +189,7 @@ def draw_marks(picture: Image.Image, marks: Marks) -> None:
 
 def draw_marked(episode: Episode, now: Moment, marks: Marks) -> Image.Image:
     "A frame with marks, at the size of its source."
-    large = draw_large(episode, now)
-    small = shrink(large, episode.texture).resize(large.size, Image.Resampling.BICUBIC)
-    draw_marks(small, marks)
-    return small.reduce(OVER).filter(ImageFilter.UnsharpMask(1, 30))
+    plain = draw_frame(episode, now)
+    large = plain.resize((plain.width * OVER, plain.height * OVER), Image.Resampling.BICUBIC)
+    draw_marks(large, marks)
+    return large.reduce(OVER).filter(ImageFilter.UnsharpMask(1, 30))
