@@ -93,12 +93,12 @@ def test_a_clock_that_goes_back_is_refused(talker, times):
 
 
 def test_a_slow_model_is_behind_and_its_feedback_late(talker, monkeypatch):
-    "A third of a second a call against a quarter a step: what is late adds up, in the account and in the latency of each feedback."
+    "An eighth of a second a call, several calls a step, a quarter of a second a step: what is late adds up, in the account and in the latency of each feedback."
     frames = [(np.full((64, 48, 3), 6*k, np.uint8), k/16) for k in range(20)]
     quick = coach(talker, paced(frames), *asked(talker))
     at_work = Coach(talker, *asked(talker))
     read = at_work.reader.read
-    monkeypatch.setattr(at_work.streams.reader, 'read', lambda pieces: time.sleep(.3) or read(pieces))
+    monkeypatch.setattr(at_work.streams.reader, 'read', lambda pieces: time.sleep(.12) or read(pieces))
     for frame in paced(frames): at_work.take(*frame)
     slow = at_work.report
     assert slow.tokens == quick.tokens and slow.feedbacks
