@@ -13,8 +13,10 @@ from vlm_repro.models.protocol import load_model
 from vlm_repro.report.published import Cell, Cells, Eligibility, load_published, short_name, verdict
 from vlm_repro.robointer.cells import CHECKPOINTS, TABLE, row_name
 from vlm_repro.robointer.data import TASKS
+from vlm_repro.robointer.planning import published_planning
 from vlm_repro.robointer.prompt import PROGRAMS
 from vlm_repro.robointer.task import RoboInterSettings, adopt_predictions, choose, claim, data_folder, decoding_options, extract_answers, load_questions, training_recipe
+from vlm_repro.robointer.upstream import read_folder, write_plans
 from vlm_repro.train.paper import complete_run
 
 
@@ -55,6 +57,25 @@ def test_published_files(run):
     files = sorted(p.name for p in run.path('upstream').glob('eval_details_*.json'))
     assert files == sorted(f'eval_details_{t}.json' for t in TASKS)
     assert sorted(p.name for p in (run.path('upstream')/'logs').iterdir()) == sorted(f'tiny_{t}.log' for t in TASKS)
+
+def test_plans_are_written_as_their_scorers_read_them(run):
+    folder = run.path('upstream')/'plans'
+    assert sorted(p.name for p in folder.iterdir()) == ['eval_details_all_plan_VQA_selection_judgement_val.json', 'lang_eval_details_planning.json', 'lang_eval_results_planning.txt']
+    alone, merged = read_folder(run.path('upstream')), read_folder(folder)
+    assert merged == {t: alone[t] for t in ('planning', 'planning_choice', 'planning_decide')}
+    means = published_planning(json.loads((folder/'eval_details_all_plan_VQA_selection_judgement_val.json').read_text()))
+    assert sum(means.n.values()) == sum(map(len, merged.values()))
+    words = json.loads((folder/'lang_eval_details_planning.json').read_text())
+    assert [w['gt'] for w in words] == [r['gt'] for r in merged['planning']] and 'score=' in (folder/'lang_eval_results_planning.txt').read_text()
+
+
+def test_a_merged_file_of_plans_is_scored(tmp_path):
+    data = load_questions(RoboInterSettings(tasks='planning,planning_choice,planning_decide'))
+    write_plans(tmp_path/'mine', data.samples, [Generation(s.id, s.gold) for s in data.samples])
+    for extra in (tmp_path/'mine').glob('lang_*'): extra.unlink()
+    scored = score_files('robointer', tmp_path/'mine', tmp_path/'run', data_root=str(data_folder(RoboInterSettings())))
+    assert scored.path('table.csv').read_text(encoding='utf-8').count(',100.0,') >= 3
+
 
 def test_answers_that_exist_are_scored(tmp_path):
     data = load_questions(RoboInterSettings(tasks='current_box'))

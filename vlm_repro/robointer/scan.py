@@ -74,6 +74,8 @@ def _ranges(starts:np.ndarray, ends:np.ndarray) -> tuple[np.ndarray, np.ndarray]
     owner = np.repeat(np.arange(len(lengths)), lengths)
     return np.arange(len(owner)) + np.repeat(starts - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths), owner
 
+def _after(number:int) -> str: return f'behind record {number}' if number >= 0 else 'before the first record'
+
 def _check_gaps(block:np.ndarray, starts:np.ndarray, ends:np.ndarray, state:State, end:str) -> int:
     "Look between records; `end` says what ends the last of these gaps: a `record`, the `array`, or the `block`. Gives the commas of a gap that the block ends."
     places, owner = _ranges(starts, ends)
@@ -81,7 +83,7 @@ def _check_gaps(block:np.ndarray, starts:np.ndarray, ends:np.ndarray, state:Stat
     comma = held == ord(',')
     if (odd := ~(comma | _BLANK[held])).any():
         k = int(np.argmax(odd))
-        raise ScanError(state.at + int(places[k]), f'{bytes(block[places[k]:places[k] + 20])!r} stands between records, behind record {state.records + int(owner[k]) - (state.start < 0)}')
+        raise ScanError(state.at + int(places[k]), f'{bytes(block[places[k]:places[k] + 20])!r} stands between records, {_after(state.records + int(owner[k]) - (state.start < 0))}')
     found = np.bincount(owner[comma], minlength=len(starts))
     found[0] += state.commas
     return _commas(found, ends, state, end)

@@ -38,7 +38,7 @@ from .prompt import BASELINES, DECODING, PromptSettings, begun_by, question_text
 from .readings import robobrain_answer, with_conversation
 from .score import measure
 from .score_boxes import check_source
-from .upstream import details_name, read_folder, write_details
+from .upstream import details_name, read_folder, write_details, write_plans
 from .world import Size, build_world, default_world
 
 if TYPE_CHECKING:
@@ -244,6 +244,7 @@ def write_published_files(
     pairs = [(s, by_id[s.id]) for s in samples if s.id in by_id]
     asked, said = ([p[k] for p in pairs] for k in (0, 1))
     write_details(run.path('upstream'), asked, [_stored(s, g, settings) for s, g in pairs])  # without sizes, so that the published scorer gives them our published numbers
+    write_plans(run.path('upstream')/'plans', asked, [_stored(s, g, settings) for s, g in pairs])
     seconds = {id: row['seconds']/len(row['ids']) for row in run.rows('timings') for id in row.get('ids', ())}
     write_logs(run.path('upstream')/'logs', settings.model, asked, said, scores, reduce_scores(samples, scores, settings), seconds)
     return run.path('upstream')
@@ -274,7 +275,7 @@ def adopt_predictions(
     settings = make_settings(task, {'model': path.name, **params, 'tasks': ','.join(held)})
     data = load_questions(settings)
     texts = {id: text for name, records in held.items() for id, text in _pair(name, [s for s in data.samples if s.meta['task'] == name], records).items()}
-    return Adopted(settings, data, render_questions(data, settings), texts, {'backend': 'prediction files', 'name': path.name, 'files': {details_name(name): checksum_of(path/details_name(name)).partition(':')[2] for name in sorted(held)}})
+    return Adopted(settings, data, render_questions(data, settings), texts, {'backend': 'prediction files', 'name': path.name, 'files': {p.name: checksum_of(p).partition(':')[2] for p in sorted(path.glob(details_name('*')))}})
 
 # %% ../../nbs/robointer/task.ipynb #d63ca9d8
 task = Task(
