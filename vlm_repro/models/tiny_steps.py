@@ -29,7 +29,7 @@ def update(
 ) -> float:  # the loss
     "One step with gradients clipped to norm 1; raises FloatingPointError when the loss is not finite."
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss became {float(loss)}: lower the learning rate")
+        raise FloatingPointError(f"the loss became {float(loss.detach())}: lower the learning rate")
     for group in optimizer.param_groups:
         group["lr"] = lr * group["share"]
     optimizer.zero_grad(set_to_none=True)
