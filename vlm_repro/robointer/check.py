@@ -164,7 +164,7 @@ def rows_of(
     name = f'{seen.dataset.name}{f" ({seen.copy})" if seen.copy else ""}'
     of = f'{seen.read:,} read' if seen.read < seen.records else 'all read'
     rows = [CheckRow(name, 'records', seen.records, seen.dataset.records if compare else None), CheckRow(name, 'usable', f'{seen.usable:,} of {seen.read:,}, {of}')]
-    if seen.images: rows.append(CheckRow(name, 'images', f'{seen.found:,} of {seen.images:,} found' if seen.found or any(p.label == 'missing_image' for p in seen.problems) else 'none unpacked: answers need them, counts do not'))
+    if seen.images: rows.append(CheckRow(name, 'images', f'{seen.found:,} of {seen.images:,} found' if seen.found or any(p.label == 'missing_image' for p in seen.problems) else 'none unpacked, which `vlm-repro data unpack robointer` does: answers need them, counts do not'))
     if seen.doubled: rows.append(CheckRow(name, 'paths', f'{seen.doubled:,} of {seen.images:,} begin at the root, so the released loader doubles their folders'))
     return rows
 
