@@ -1,4 +1,5 @@
-"FitCoach from data to table: whole runs, runs that were cut off, windows, failures with a label, files of others, bad input."
+"FitCoach from data to table: whole runs, runs that were cut off, windows, failures with a label, files of others, bad input, and that its table of defects says what the code does."
+import csv
 import json
 import shutil
 import signal
@@ -12,18 +13,20 @@ import pytest
 from fitcoach_files import START, add_session, features_of, make_checkpoint
 
 from vlm_repro.core.adopted import score_files
+from vlm_repro.core.assets import asset
 from vlm_repro.core.jsonl import DataError
 from vlm_repro.core.records import Generation, Request, from_row
 from vlm_repro.core.tasks import get_task, make_settings
 from vlm_repro.fitcoach.data import FOLDERS, LABELS
 from vlm_repro.fitcoach.extraction import actions_in, by_published_clock, said_in
-from vlm_repro.fitcoach.feature_store import extract_split, features_for
+from vlm_repro.fitcoach.feature_store import extract_split, extractor_of, features_for
 from vlm_repro.fitcoach.features import Made, note_of
 from vlm_repro.fitcoach.prompt import read_texts, system_text
 from vlm_repro.fitcoach.task import FitCoachSettings, load_clips, render_clips
 from vlm_repro.fitcoach.timeline import clip_f
 from vlm_repro.models.protocol import ModelError, load_model
 from vlm_repro.models.stream import StreamModel
+from vlm_repro.report.published import Cell, verdicts
 from vlm_repro.train.paper import complete_run
 
 TASK = get_task('fitcoach')
@@ -91,6 +94,7 @@ from vlm_repro.core.tasks import get_task
 from vlm_repro.fitcoach.task import FitCoachSettings
 from vlm_repro.models.protocol import load_model
 from vlm_repro.models.stream import StreamModel
+from vlm_repro.report.published import Cell, verdicts
 from vlm_repro.train.paper import complete_run
 model, root, out = sys.argv[1:]
 before, answer = [], StreamModel.answer
@@ -275,3 +279,37 @@ def test_only_the_papers_counts_are_the_papers_data():
     assert TASK.eligibility(FitCoachSettings(), {**about, 'release': 'world'}, ['verbatim']).data == 'world'
     may = TASK.eligibility(FitCoachSettings(row='Stream-VLM'), {**about, 'asked': 3}, ['verbatim'])
     assert may.model == 'Stream-VLM' and may.split == 'benchmark, 3 of 398'
+
+
+def test_features_lie_within_the_activation(place):
+    maps = extractor_of(str(place/'checkpoint'), 'cpu')(np.random.default_rng(0).random((5, 4, 3, 224, 160), np.float32))
+    assert maps.shape == (5, 6, 7, 5) and maps.min() == 0 and maps.max() <= 6 and maps.std() > 0
+
+
+with asset('fitcoach/defects.csv').open(encoding='utf-8', newline='') as file: ROWS = list(csv.DictReader(file))
+
+
+def test_the_table_of_defects_is_whole():
+    assert list(ROWS[0]) == ['id', 'stage', 'what happens', 'switch', 'default', 'test']
+    assert [r['id'] for r in ROWS] == [f'fitcoach-{i:02d}' for i in range(1, len(ROWS) + 1)] and len(ROWS) == 24
+    assert {r['stage'] for r in ROWS} == {'data', 'model', 'generate', 'extract', 'score', 'training'} and all(all(r.values()) for r in ROWS)
+
+
+@pytest.mark.parametrize('row', [r for r in ROWS if r['switch'].endswith(' as_published') and not r['switch'].startswith('variant')], ids=lambda r: r['id'])
+def test_switches_of_a_run_are_corrected_by_default(row):
+    name = row['switch'].split()[0]
+    assert getattr(FitCoachSettings(), name) == 'corrected' and getattr(FitCoachSettings(**{name: 'as_published'}), name) == 'as_published'
+
+
+def test_released_rows_are_the_papers():
+    printed = {(p.row, p.column): p for p in TASK.published(FitCoachSettings()) if p.table == 'fine-tuned'}
+    assert {c: printed['Stream-VLM', c].value for c in ('METEOR', 'ROUGE-L', 'BERT', 'LLM-Acc', 'T-F')} == {'METEOR': .127, 'ROUGE-L': .112, 'BERT': .863, 'LLM-Acc': 2.45, 'T-F': .56}
+    assert len({r for r, _ in printed if r.startswith('Stream-VLM w/o')}) == 3 and printed['Stream-VLM, released code', 'BERT'].value == .862
+
+
+def test_a_run_on_the_papers_data_is_judged():
+    cell = Cell('fine-tuned', 'Stream-VLM', 'T-F', 'temporal', 'as_published', .565, '0-1', .53, .60, 398, 0, 73, 'video')
+    about = {'release': 'unknown', 'n': 398, 'videos': 73, 'left_out': 0, 'asked': 398}
+    settings = FitCoachSettings(row='Stream-VLM', judge='meta-llama/Meta-Llama-3-70B-Instruct')
+    judged = lambda value, words: verdicts([replace(cell, value=value)], TASK.published(settings), TASK.eligibility(settings, about, [words]))[0]
+    assert judged(.565, 'verbatim').status == 'reproduced' and judged(.59, 'verbatim').status == 'close' and judged(.565, 'paraphrase').status == 'cannot be judged'
