@@ -212,3 +212,20 @@ def test_pictures_and_copies_that_are_not_there_stop_no_page(tmp_path):
     write(tmp_path, 'current_box_val', [item(0, [[1, 2], [30, 40]])], 'origin_format')
     both = in_all_frames({'smart_resize_format': data.samples[0], 'origin_format': load(tmp_path, copy='origin_format').samples[0]})
     assert 'origin_format: another place than smart_resize_format has' in both
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_a_record_that_cannot_be_read_costs_itself_not_the_run(tmp_path):
+    from vlm_repro.models.families import FAMILIES
+    from vlm_repro.robointer.examples import training_examples
+    from vlm_repro.train.data import marks_of, measure_source
+    from vlm_repro.train.recipe import Source, load_recipe
+    rows = [item(k, images=None, conversations=[{'from': 'human', 'value': 'Where?'}, {'from': 'gpt', 'value': 'There.'}]) for k in range(3)]
+    path = write(tmp_path, 'droid_vla_current_box_train', rows)
+    found = training_examples(tmp_path, 'droid_vla_current_box_train')
+    path.write_bytes(path.read_bytes()[:-150])
+    measured = measure_source(Source('robointer'), found, FAMILIES['qwen2_vl']()[1], load_recipe('robointer/tiny'))
+    assert list(measured.lengths) == [0, 1] and [(x.id, x.kind) for x in measured.dropped] == [('example 2', 'unusable')] and 'has changed since it was indexed' in measured.dropped[0].why
+    assert [i for i, _ in marks_of(found)][2] == 'example 2'
