@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vlm_repro.core.assets import asset
-from vlm_repro.fitcoach.can_see import controls, counts_of, hits_of, in_rhythm, seen_files
+from vlm_repro.fitcoach.can_see import can_see, controls, counts_of, hits_of, in_rhythm, seen_files
 from vlm_repro.fitcoach.coach import sample_workout
 from vlm_repro.fitcoach.figure import EXERCISES
 from vlm_repro.fitcoach.match import Timed, temporal_f
@@ -141,3 +141,11 @@ def test_idle_sessions_ask_for_silence():
     film = DrawnFilm(workout, np.arange(0, workout.seconds, .04))
     truth = truth_of(workout, film.steps.times)
     assert (truth.kind != IGNORED).sum() < .25*len(film)
+
+
+@pytest.mark.papers
+def test_the_table_can_be_measured_again():
+    lines = can_see()
+    with asset('tiny/fitcoach/can_see.csv').open(newline='') as f: rows = list(csv.DictReader(f))
+    assert all(line.sees for line in lines) and [line.setting for line in lines] == [r['setting'] for r in rows]
+    assert all(abs(line.accuracy - float(r['accuracy'])) < .03 for line, r in zip(lines, rows))

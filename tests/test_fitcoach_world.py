@@ -8,11 +8,11 @@ from vlm_repro.core.video import read_frames, video_info
 from vlm_repro.fitcoach.annotations import SHORT_FILES
 from vlm_repro.fitcoach.clock import OFFSET, read_clock
 from vlm_repro.fitcoach.coach import GOODBYE, NOTICED, QUICK, SLOW, TEMPO, kinds_of, sample_names, sample_workout
-from vlm_repro.fitcoach.data import FOLDERS, LABELS, MARKER, load, load_short
+from vlm_repro.fitcoach.data import FOLDERS, LABELS, MARKER, SHORT_FOLDER, load, load_short
 from vlm_repro.fitcoach.figure import EXERCISES, HEIGHT, INNER, Look, Rep, draw_figure, joints_of, pose, pose_at, sample_look
 from vlm_repro.fitcoach.frames import LAST_SIDEWAYS, SHAPE, frame_pixels, is_sideways, plan_steps
 from vlm_repro.fitcoach.windows import MODES
-from vlm_repro.fitcoach.world import SHORT_FOLDER, VIDEOS, Size, build_world, plan, plan_short, record_of, world_digest
+from vlm_repro.fitcoach.world import VIDEOS, Size, build_world, plan, plan_short, record_of, world_digest
 
 SMALL = Size(3, 1, 2, (3., 4.))
 
