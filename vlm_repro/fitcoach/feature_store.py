@@ -135,15 +135,15 @@ def extract_sources(
     "Extracts videos with a checkpoint's own eyes, in this process or in several; raises ModelError for a checkpoint without eyes."
     from vlm_repro.models.protocol import ModelError
     if not _digest_of(model): raise ModelError(f'{model}: this checkpoint has no eyes of its own; its features are made with the published program')
-    with tqdm(total=len(sources), unit='video', desc='features', disable=not progress or not sources, mininterval=1) as bar:
+    with tqdm(total=len(sources), unit='video', desc='features', disable=not progress or not sources, mininterval=2) as bar:
         if nproc > 1 and len(sources) > 1:
             def tell(steps:int, videos:int) -> None:
-                bar.n = videos
-                bar.set_postfix_str(f'{steps} steps', refresh=True)
+                bar.set_postfix_str(f'{steps} steps', refresh=False)
+                bar.update(videos - bar.n)
             made = extract_in_processes(sources, f'{extractor_of.__module__}:{extractor_of.__name__}', {'model': model, 'device': device}, min(nproc, len(sources)), progress=tell)
         else:
             made = []
-            for one in extract_all(sources, extractor_of(model, device), progress=lambda name, done, steps: bar.set_postfix_str(f'{name}: {done} of {steps} steps')):
+            for one in extract_all(sources, extractor_of(model, device), progress=lambda name, done, steps: bar.set_postfix_str(f'{name}: {done} of {steps} steps', refresh=False)):
                 made.append(one)
                 bar.update()
     _note(sources, made)
