@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from vlm_repro.cli import main
 from vlm_repro.core.generate import GenerateError, generate
-from vlm_repro.core.runs import RunError
+from vlm_repro.core.pins import check_shards
+from vlm_repro.core.runs import RunError, open_run
 from vlm_repro.core.tasks import extract_run, finish_run, get_task, make_settings, prepare, rescore, score_run, start, table_run
 from vlm_repro.metrics.judge import JudgeError
 from vlm_repro.mmwalk.predictions import folder_name
@@ -59,7 +60,7 @@ def test_other_images_under_the_same_path_are_refused(world, tmp_path):
     run, _ = go(root, tmp_path/'run')
     image = next(p['image'] for p in run.rows('samples')[0]['request']['messages'][-1]['content'] if p['type'] == 'image')
     with open(image, 'ab') as f: f.write(b'\0')
-    with pytest.raises(RunError, match='of its 3 answers were made from other images'): go(root, tmp_path/'run')
+    with pytest.raises(RunError, match='of its 3 answers were made from other files'): go(root, tmp_path/'run')
 
 
 def test_a_world_whose_marker_is_gone_is_other_data(world, tmp_path):
@@ -230,3 +231,17 @@ def test_a_missing_category_is_a_missing_file_and_no_record(world, tmp_path):
     (root/'test_data_chat'/'M3.jsonl').unlink()
     data = load(root)
     assert [p.label for p in data.problems] == ['missing_file'] and data.identity['left_out'] == 0 and not data.identity['official']
+
+
+def test_a_shard_of_another_run_is_refused_by_its_name(tmp_path):
+    run = open_run(tmp_path/"run", {"paper": "demo"})
+    run.append("predictions", [{"id": "a", "text": "Yes.", "error": None, "prompt_hash": "11"}])
+    check_shards(run, ["a"])
+    shard = tmp_path/"run"/"predictions-1of2.jsonl"
+    shard.write_text(json.dumps({"id": "z", "text": "No.", "error": None, "prompt_hash": "22"}) + "\n")
+    with pytest.raises(RunError, match=r"predictions-1of2.jsonl: it answers 'z'"): check_shards(run, ["a"])
+    shard.write_text(json.dumps({"id": "a", "text": "No.", "error": None, "prompt_hash": "22"}) + "\n")
+    with pytest.raises(RunError, match="answered from another prompt than in predictions.jsonl"): check_shards(run, ["a"])
+    shard.write_text(json.dumps({"id": "a", "text": "", "error": "oom: no memory", "prompt_hash": ""}) + "\n")
+    check_shards(run, ["a"])
+    run.close()

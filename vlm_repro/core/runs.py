@@ -141,12 +141,17 @@ class RunFolder:
         "Whether the manifest, written last, is there."
         return self.path('manifest.json').exists()
 
+    def files(self,
+        stage:str, # one of `STAGES`
+    ) -> list[Path]: # the stage's own file, then its shards
+        "The files that hold a stage, those that are there."
+        return [f for f in (self.path(f'{stage}.jsonl'), *sorted(self.root.glob(f'{stage}-*.jsonl'))) if f.exists()]
+
     def rows(self,
         stage:str, # one of `STAGES`
     ) -> list[Row]: # the last row of each id (of each id and extractor for answers, of each id, metric and variant for scores), in order of first appearance; shards are read as one
         "The rows of a stage; raises RunError for a broken line."
-        files = [self.path(f'{stage}.jsonl'), *sorted(self.root.glob(f'{stage}-*.jsonl'))]
-        rows = [row for f in files if f.exists() for row in read_lines(f)]
+        rows = [row for f in self.files(stage) for row in read_lines(f)]
         return _last(rows) if all('id' in row for row in rows) else rows
 
     def append(self,

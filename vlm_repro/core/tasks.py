@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .params import RULES, check_models, check_runtime, check_types
-from .pins import model_of, pin_media, pin_model, pin_value
+from .pins import check_shards, model_of, pin_media, pin_model, pin_value
 from .records import Answer, Generation, Request, Sample, Score, from_row, to_row
 from .runs import RunError, RunFolder, default_out, open_run, pin, read_run
 
@@ -157,6 +157,7 @@ def prepare(
     about = {'identity': dict(data.identity), 'watermark': data.watermark, 'problems': [str(p) for p in data.problems]}
     pin_value(run, 'data.json', about, 'data set', ('problems',))
     pin_media(run, requests)
+    check_shards(run, [r.id for r in requests])
     return requests
 
 def data_of(
@@ -176,9 +177,10 @@ def generations_of(
     run:RunFolder, # any run
     partial:bool=False, # accept a run that has not answered everything
 ) -> list[Generation]: # in the order of the samples
-    "What was generated; raises RunError with a count if samples are still unanswered, unless `partial`."
-    made = {row['id']: from_row(Generation, row) for row in run.rows('predictions')}
+    "What was generated; raises RunError with a count if samples are still unanswered, unless `partial`, and as `check_shards` does."
     ids = [row['id'] for row in run.rows('samples')]
+    check_shards(run, ids)
+    made = {row['id']: from_row(Generation, row) for row in run.rows('predictions')}
     if (lost := [i for i in ids if i not in made]) and not partial:
         raise RunError(f'{run.root}: {len(lost)} of {len(ids)} samples have no prediction yet, {lost[0]} first; run it again to continue')
     return [made[i] for i in ids if i in made]
