@@ -43,7 +43,9 @@ class Cell:
     def text(self) -> str:
         "The number with its interval, for a table."
         if self.value is None: return '–'
-        return f'{self.value:.2f}' + (' (no interval)' if self.lo is None else f' [{self.lo:.2f}, {self.hi:.2f}]')
+        n = {'0-1': 3, 'count': 0}.get(self.unit, 2)
+        if self.unit == 'count' and self.lo is None: return f'{self.value:.{n}f}'
+        return f'{self.value:.{n}f}' + (' (no interval)' if self.lo is None else f' [{self.lo:.{n}f}, {self.hi:.{n}f}]')
 
 # %% ../../nbs/report/published.ipynb #4a4c3406
 def _markdown(head:Sequence[str], rows:Iterable[Sequence[Any]]) -> str:
