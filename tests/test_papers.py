@@ -14,6 +14,7 @@ NOTEBOOK = ROOT/'papers'/'mmwalk.ipynb'
 ROADBUDDY = ROOT/'papers'/'roadbuddy.ipynb'
 GPT4SCENE = ROOT/'papers'/'gpt4scene.ipynb'
 ROBOINTER = ROOT/'papers'/'robointer.ipynb'
+FITCOACH = ROOT/'papers'/'fitcoach.ipynb'
 FULL = [(shots, views) for shots in (0, 1, 3) for views in ('normal', 'single', 'dog+', 'drone+')]
 
 
@@ -66,6 +67,30 @@ def test_robointer_short(tmp_path):
     assert 'cannot be judged' in (tmp_path/'table.csv').read_text(encoding='utf-8')
     assert (tmp_path/'notebook.ipynb').read_text(encoding='utf-8').count('image/jpeg') >= 3  # gallery, film strip, what was said
     assert (tmp_path/'upstream'/'logs'/'tiny_traj.log').exists() and (tmp_path/'upstream'/'eval_details_current_box.json').exists()
+
+
+@pytest.mark.slow
+def test_fitcoach_short(tmp_path):
+    from fitcoach_files import add_session, make_checkpoint
+    checkpoint = make_checkpoint(tmp_path/'checkpoint')
+    for id in ('0201', '0202'): add_session(tmp_path/'root', id)
+    manifest = _run(tmp_path/'run', notebook=FITCOACH, recipe='', model=checkpoint, data_root=tmp_path/'root', meteor=False, max_new_tokens=6)
+    assert manifest['n'] == 4 and not manifest['errors'] and manifest['provenance'] == {'paraphrase': 4}
+    page = (tmp_path/'run'/'notebook.ipynb').read_text(encoding='utf-8')
+    assert page.count('image/png') >= 2 and 'full_workout_sliding_window' in page and 'extract them' in page  # two time lines, three modes, failures by name
+    assert {'feedbacks.json', 'corrected_full.json', 'challenge_2026.json'} <= {p.name for p in (tmp_path/'run'/'upstream').iterdir()}
+
+
+@pytest.mark.papers
+def test_fitcoach_training_adds_the_exercise_that_was_left_out(tmp_path):
+    from vlm_repro.fitcoach.timeline import clip_hits
+    from vlm_repro.models.protocol import tiny_checkpoint
+    manifest = _run(tmp_path, notebook=FITCOACH)
+    assert not manifest['errors'] and manifest['watermark']
+    new = set(json.loads((tiny_checkpoint('fitcoach')/'card.json').read_text())['left_out_exercises'])
+    asked = {r['id'] for r in map(json.loads, (tmp_path/'samples.jsonl').read_text(encoding='utf-8').splitlines()) if r['meta']['exercise'] in new}
+    before, after = ({i: v for i, v in clip_hits(json.loads((folder/'upstream'/'corrected_full.json').read_text())).items() if i in asked} for folder in (tmp_path/'before', tmp_path))
+    assert asked and sum(after.values()) > sum(before.values())
 
 
 @pytest.mark.papers
