@@ -178,6 +178,15 @@ def test_modes(tmp_path):
     with pytest.raises(ValueError, match='mode'): load(root, mode='both')
 
 
+def test_blanks_in_an_announcement_are_no_part_of_the_exercise(tmp_path):
+    folder = tmp_path/FOLDERS['train']
+    odd = [({'First up are squats!': 'First  up are squats!  '}.get(t, t), n) for t, n in RLE]
+    held = record(folder, '0300', odd) | {'is_transition': [True, False, True, False, True]}
+    (folder/LABELS).write_text(json.dumps([held]))
+    data = load(tmp_path, 'train')
+    assert data.samples[0].question == data.samples[0].meta['exercise'] == json.loads(data.samples[0].meta['exercises'])[0] == 'squats'
+
+
 def test_an_unknown_split_is_not_the_training_one(tmp_path):
     root = root_with(tmp_path, split='train')
     with pytest.raises(ValueError, match='valid: test, train, competition'): load(root, 'val')

@@ -20,7 +20,7 @@ from ..core.records import MediaRef, Sample
 from ..core.tasks import Dataset, one_of
 from .annotations import SHORT_FILES, Challenge, Session, ShortClip, challenge_clips, challenge_of, clips_of, feature_paths, oddities, records_in, sessions_in
 from .clock import read_clock
-from .spans import exercises
+from .spans import exercise_of, exercises
 from .windows import MODES, WINDOW, Clip, check_span_frames
 
 # %% ../../nbs/fitcoach/data.ipynb #e8a2b36e
@@ -59,12 +59,17 @@ def label_file(
 # %% ../../nbs/fitcoach/data.ipynb #ed399f62
 def _plain(path:str) -> str: return str(PurePosixPath(path))
 
+def _named(exercise:str) -> str:
+    "An exercise whose announcement has doubled blanks, as some of the training split have, or blanks at its end."
+    return exercise_of(' '.join(exercise.split()))
+
 def _sample(held:Session|Challenge, clip:Clip, names:Sequence[str], mode:str, split:str, **more:str) -> Sample:
     features, times = map(_plain, feature_paths(held.video, held.clock))
     id = f'{held.id}/{clip.number}' if mode == 'single_exercise' else held.id
-    meta = {'video': held.id, 'mode': mode, 'split': split, 'number': str(clip.number), 'exercise': clip.exercise, 'exercises': json.dumps(list(names), ensure_ascii=False), 'start': repr(clip.start), 'end': repr(clip.end),
+    exercise, names = _named(clip.exercise), [_named(n) for n in names]
+    meta = {'video': held.id, 'mode': mode, 'split': split, 'number': str(clip.number), 'exercise': exercise, 'exercises': json.dumps(names, ensure_ascii=False), 'start': repr(clip.start), 'end': repr(clip.end),
             'seconds': json.dumps(list(clip.seconds)), 'clock': _plain(held.clock), 'features': features, 'feature_times': times, **more}
-    return Sample(id, (MediaRef(_plain(held.video), 'video', held.id),), clip.exercise or ', '.join(names), json.dumps(list(clip.texts), ensure_ascii=False), meta)
+    return Sample(id, (MediaRef(_plain(held.video), 'video', held.id),), exercise or ', '.join(names), json.dumps(list(clip.texts), ensure_ascii=False), meta)
 
 def _of_windows(held:Session, windows:Sequence[Clip], split:str) -> Sample:
     "A workout with the bounds of its windows."
