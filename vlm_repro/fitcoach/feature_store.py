@@ -90,7 +90,7 @@ def cache_folder(
     return cache_dir()/'fitcoach-features'/extractor/digest([what, data.identity['split'], dict(data.identity['files'])])
 
 # %% ../../nbs/fitcoach/feature_store.ipynb #48d823c9
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Store:
     "Where the features of a run are."
     root: Path # samples' paths hang off it
@@ -101,6 +101,8 @@ class Store:
     def failed(self) -> dict[str, str]:
         "Video to reason."
         return {x.name: x.detail for x in self.made if x.state == 'failed'}
+
+    def __repr__(self) -> str: return self._repr_markdown_()
 
     def _repr_markdown_(self) -> str:
         lost = ''.join(f'\n* {name}: {why}' for name, why in self.failed.items())
