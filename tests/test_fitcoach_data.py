@@ -1,5 +1,6 @@
 """FitCoach's data: clocks, spans, windows, features on disk, archives; every odd case and every way in which a file can be bad."""
 import json
+import re
 import zipfile
 from collections import Counter
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 from vlm_repro.cli_data import check_text
 from vlm_repro.core.download import DownloadError
 from vlm_repro.core.jsonl import DataError, Problem
+from vlm_repro.core.tasks import make_settings
 from vlm_repro.core.video import write_clip
 from vlm_repro.fitcoach.annotations import RecordError, challenge_of, questions_of, session_of
 from vlm_repro.fitcoach.archive import in_order, join, unpack_tar, verify
@@ -20,7 +22,8 @@ from vlm_repro.fitcoach.download import get, plan
 from vlm_repro.fitcoach.features import GridMeans, NetExtractor, Source, extract_all, extract_in_processes, extract_video, made_of, note_of, open_features, plan_source
 from vlm_repro.fitcoach.frames import frame_pixels, is_sideways, plan_steps, resize_bilinear
 from vlm_repro.fitcoach.spans import Span, spans_of
-from vlm_repro.fitcoach.windows import kept_features, published_windows, sliding_windows
+from vlm_repro.fitcoach.task import task
+from vlm_repro.fitcoach.windows import MODES, kept_features, published_windows, sliding_windows
 
 START = 1_707_431_506
 COACHING = ('Nice!', 'Lower!')
@@ -67,7 +70,8 @@ def test_the_rate_of_the_header_is_never_used(tmp_path):
 
 @pytest.mark.parametrize('held, words', [
     (np.array([[1., 2.]]), 'one number a frame'), (np.array([]), 'one number a frame'), (np.array(['a']), 'one number a frame'),
-    (np.array([START*1e9, np.nan]), 'time of frame 1 is nan'), (np.array([START*1e9, START*1e9 - 5e8]), 'frame 1 is 500000000'), (np.array([float(START), START + 1.]), 'not nanoseconds')])
+    (np.array([START*1e9, np.nan]), 'time of frame 1 is nan'), (np.array([START*1e9, START*1e9 - 5e8]), 'frame 1 is 500000000'), (np.array([float(START), START + 1.]), 'not nanoseconds since 1970 but seconds'),
+    (np.array([START, START + 1])*10**3, 'but milliseconds'), (np.array([START, START + 1])*10**6, 'but microseconds'), (np.full(3, START*10**9), 'stands still')])
 def test_what_is_no_clock_is_refused(tmp_path, held, words):
     np.save(tmp_path/'0006_timestamps.npy', held)
     with pytest.raises(DataError, match=words): read_clock(tmp_path/'0006_timestamps.npy')
@@ -151,6 +155,31 @@ def test_records_that_contradict_themselves_are_left_out_and_named(tmp_path, cha
     with pytest.raises(DataError, match=label): load(tmp_path, strict=True)
 
 
+@pytest.mark.parametrize('move, why', [(lambda t: t + 28_800*10**9, '8.0 h. before'), (lambda t: t//10**3, 'microseconds'), (lambda t: t*0 + t[0], 'stands still'), (lambda t: t + 4*10**9, '4.00 s')])
+def test_a_session_whose_clock_was_moved_is_left_out_and_named(tmp_path, move, why):
+    root = root_with(tmp_path, {}, {})
+    path = root/FOLDERS['test']/'long_range_videos/0007_timestamps.npy'
+    np.save(path, move(np.load(path)))
+    for mode in MODES:
+        data = load(root, mode=mode)
+        (left,) = [p for p in data.problems if p.dropped]
+        assert {s.meta['video'] for s in data.samples} == {'0006'} and left.label == 'bad_clock' and re.search(why, left.detail) and data.identity['left_out'] == 1
+
+
+def test_time_stamps_that_were_moved_leave_their_session_out(tmp_path):
+    held = record(tmp_path/FOLDERS['test'], '0007')['feedback_timestamps']
+    data = load(root_with(tmp_path, {}, {'feedback_timestamps': [t - 28_800 for t in held]}))
+    assert {s.meta['video'] for s in data.samples} == {'0006'} and labels(data)['bad_clock'] == 1
+    data = load(root_with(tmp_path, {}, {'feedback_timestamps': [held[0] - 28_800, *held[1:]]}))
+    assert {s.meta['video'] for s in data.samples} == {'0006', '0007'} and labels(data)['far_timestamps'] == 1
+
+
+@pytest.mark.parametrize('window', [float('nan'), float('inf'), 0., -1.])
+def test_a_window_that_is_no_time_is_refused(tmp_path, window):
+    with pytest.raises(ValueError, match='give seconds above 0'): load(root_with(tmp_path), mode='full_workout_sliding_window', window=window)
+    with pytest.raises(ValueError, match='window='): make_settings(task, {'mode': 'full_workout_sliding_window', 'window': window})
+
+
 def test_a_feedback_beyond_the_clock_is_refused(tmp_path):
     root = root_with(tmp_path)
     np.save(root/FOLDERS['test']/'long_range_videos/0006_timestamps.npy', ((START + np.arange(100)/23)*1e9).astype(np.int64))
@@ -211,6 +240,8 @@ def test_the_competition_has_seconds_and_no_labels(tmp_path):
     data = load(tmp_path, 'competition')
     assert [(s.question, s.gold, s.meta['end']) for s in data.samples] == [('squats', '[]', '30.0'), ('pushups', '[]', '59.9')]
     with pytest.raises(RecordError, match='bounds_differ'): challenge_of({**held, 'exercises': ['squats']})
+    (folder/'private.json').write_text(json.dumps([held, {**held, 'exercise_start_timestamps': [900., 930.], 'exercise_end_timestamps': [930., 960.]}]))
+    assert labels(load(tmp_path, 'competition')) == {'bad_clock': 1}
 
 
 def test_short_clips(tmp_path):

@@ -29,7 +29,7 @@ def field_types(
     return {name: members(hint) for name, hint in typing.get_type_hints(cls).items()}
 
 def _fits(value:Any, kind:type) -> bool:
-    if kind is float: return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    if kind is float: return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float('inf')
     return type(value) is kind if kind in _NAMES else True
 
 def check_types(

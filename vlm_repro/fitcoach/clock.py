@@ -29,6 +29,7 @@ def seconds_of(
 
 # %% ../../nbs/fitcoach/clock.ipynb #10b623e0
 UNITS = ('nanoseconds', 'seconds')
+_SIZES = {'seconds': 1e11, 'milliseconds': 1e14, 'microseconds': 1e17, 'nanoseconds': 1e20} # what a time of these years is below
 
 def _values(path:Path) -> np.ndarray:
     try: held = np.load(path, allow_pickle=False)
@@ -37,13 +38,18 @@ def _values(path:Path) -> np.ndarray:
     if held.ndim != 1 or held.dtype.kind not in 'iuf' or not len(held): raise DataError(f'{path.name}: a clock is one number a frame, not {held.dtype} of shape {held.shape}')
     return held
 
+def _unit_of(value:float) -> str:
+    "What a time since 1970 is counted in."
+    return next((unit for unit, below in _SIZES.items() if value < below), 'no unit that is known')
+
 def check_clock(
     times:np.ndarray, # seconds
     name:str, # of the file, for the message
 ) -> None:
-    "Raises DataError, naming the frame, for a time that is no number or that goes back."
+    "Raises DataError, naming the frame, for a time that is no number or that goes back, and for a clock that stands still."
     if len(bad := np.flatnonzero(~np.isfinite(times))): raise DataError(f'{name}: the time of frame {bad[0]} is {times[bad[0]]}; {len(bad)} of {len(times)} are no numbers')
     if len(back := np.flatnonzero(np.diff(times) < 0)): raise DataError(f'{name}: frame {back[0] + 1} is {times[back[0]] - times[back[0] + 1]:.3f} s before frame {back[0]}; a clock only goes forward')
+    if len(times) > 1 and times[-1] == times[0]: raise DataError(f'{name}: all {len(times)} frames are at {times[0]}; the clock stands still')
 
 def read_clock(
     path:Path|str, # `NNNN_timestamps.npy`
@@ -53,9 +59,8 @@ def read_clock(
     if units not in UNITS: raise ValueError(f'units={units!r} is not possible; valid: {", ".join(UNITS)}')
     raw = _values(path := Path(path))
     check_clock(raw.astype(np.float64), path.name)
-    large = float(raw[0]) > 1e14
-    if large != (units == 'nanoseconds'): raise DataError(f'{path.name}: starts at {raw[0]}, which is not {units} since 1970; the other kind of clock file has {UNITS[not large]}')
-    return seconds_of(raw) if large else raw.astype(np.float64)
+    if (found := _unit_of(float(raw[0]))) != units: raise DataError(f'{path.name}: starts at {raw[0]}, which is not {units} since 1970 but {found}; the file has {units} as it was published, so unpack it again')
+    return seconds_of(raw) if units == 'nanoseconds' else raw.astype(np.float64)
 
 # %% ../../nbs/fitcoach/clock.ipynb #403bc73f
 @dataclass(frozen=True)

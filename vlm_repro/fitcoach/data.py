@@ -18,10 +18,10 @@ from typing import Any
 from ..core.jsonl import DataError, Problem, stop_on
 from ..core.records import MediaRef, Sample
 from ..core.tasks import Dataset, one_of
-from .annotations import SHORT_FILES, Challenge, Session, ShortClip, challenge_clips, challenge_of, clips_of, feature_paths, oddities, records_in, sessions_in
+from .annotations import SHORT_FILES, Challenge, Session, ShortClip, challenge_clips, challenge_of, check_stamps, clips_of, feature_paths, oddities, records_in, sessions_in
 from .clock import read_clock
 from .spans import exercise_of, exercises
-from .windows import MODES, WINDOW, Clip, check_span_frames
+from .windows import MODES, WINDOW, Clip, check_lengths, check_span_frames, check_window
 
 # %% ../../nbs/fitcoach/data.ipynb #e8a2b36e
 FOLDERS = {'test': 'QEVD-FIT-COACH-Benchmark', 'train': 'QEVD-FIT-COACH', 'competition': 'QEVD-FIT-COACH-Competition-CVPR2025'}
@@ -81,7 +81,8 @@ def _of_session(held:Session, folder:Path, mode:str, split:str, window:float, wh
     try:
         times = read_clock(folder/held.clock)
         check_span_frames(held.spans, times, held.video)
-        clips = clips_of(held, times, mode, window)
+        check_stamps(held, times)
+        check_lengths(clips := clips_of(held, times, mode, window), times, held.video)
     except DataError as e: yield Problem('bad_clock', where, str(e)); return
     if len(times) != held.n_frames: yield Problem('frames_differ', where, f'{held.n_frames} frames with a text and {len(times)} times; the texts decide', False)
     yield from (Problem(label, where, detail, False) for label, detail in oddities(held, times))
@@ -89,9 +90,11 @@ def _of_session(held:Session, folder:Path, mode:str, split:str, window:float, wh
     else: yield from (_sample(held, c, exercises(held.spans), mode, split) for c in clips)
 
 def _of_challenge(held:Challenge, folder:Path, where:str) -> Iterator[Sample | Problem]:
-    try: times = read_clock(folder/held.clock, 'seconds')
+    try:
+        times = read_clock(folder/held.clock, 'seconds')
+        check_lengths(clips := challenge_clips(held, times), times, held.video)
     except DataError as e: yield Problem('bad_clock', where, str(e)); return
-    yield from (_sample(held, c, held.exercises, 'single_exercise', 'competition') for c in challenge_clips(held, times))
+    yield from (_sample(held, c, held.exercises, 'single_exercise', 'competition') for c in clips)
 
 # %% ../../nbs/fitcoach/data.ipynb #4e02ae69
 def identity_of(
@@ -111,8 +114,9 @@ def load(
     window:float=WINDOW, # seconds of a sliding window
     strict:bool=False, # stop at problems instead of leaving sessions out and naming them
 ) -> Dataset: # `frames` is the split's folder
-    "The clips of a split; raises DataError for a missing or broken file and, when `strict`, for any problem, ValueError for an unknown split or mode."
+    "The clips of a split; raises DataError for a missing or broken file and, when `strict`, for any problem, ValueError for an unknown split or mode, or a window that is no time."
     one_of('mode', mode, MODES)
+    check_window(window)
     if split == 'competition': one_of('mode', mode, MODES[:1])
     path = label_file(folder := split_folder(root, split), split)
     found: list[Sample | Problem] = []

@@ -38,7 +38,7 @@ from .judging import judge_run, load_judge
 from .prompt import read_texts, render
 from .train_examples import PARTS, SHORT, part_of_split, short_examples, short_features, training_examples
 from .upstream import read_predictions, write_upstream
-from .windows import MODES
+from .windows import MODES, check_window
 from .world import Size, build_world, default_world
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ class FitCoachSettings:
         known = {'split': SPLITS, 'mode': MODES if self.split != 'competition' else MODES[:1], 'length': ('corrected', 'as_published'), 'windows': ('corrected', 'as_published')}
         for name, valid in known.items(): one_of(name, getattr(self, name), valid)
         for name, least in (('limit', 0), ('seed', 0), ('temperature', 0), ('bert_layer', 0), ('max_new_tokens', 1)):
-            if getattr(self, name) < least: raise ValueError(f'{name}={getattr(self, name)} is not possible; give {least} or more')
-        if self.window <= 0: raise ValueError(f'window={self.window} is not possible; give seconds above 0')
+            if not least <= getattr(self, name) < float('inf'): raise ValueError(f'{name}={getattr(self, name)} is not possible; give {least} or more')
+        check_window(self.window)
         if self.exercises != 'all' and self.mode != 'single_exercise': raise ValueError(f'exercises={self.exercises!r} is for single exercises; a workout has them all')
         if self.model.startswith('openai:'): raise ValueError(f'model={self.model!r}: servers take no stream of features; give the folder of a streaming checkpoint')
 
