@@ -11,10 +11,11 @@ from vlm_repro.fitcoach.coach import GOODBYE, NOTICED, QUICK, SLOW, TEMPO, kinds
 from vlm_repro.fitcoach.data import FOLDERS, LABELS, MARKER, SHORT_FOLDER, load, load_short
 from vlm_repro.fitcoach.figure import EXERCISES, HEIGHT, INNER, Look, Rep, draw_figure, joints_of, pose, pose_at, sample_look
 from vlm_repro.fitcoach.frames import LAST_SIDEWAYS, SHAPE, frame_pixels, is_sideways, plan_steps
+from vlm_repro.fitcoach.tiny_data import HELD_OUT, TRAINED
 from vlm_repro.fitcoach.windows import MODES
 from vlm_repro.fitcoach.world import VIDEOS, Size, build_world, plan, plan_short, record_of, world_digest
 
-SMALL = Size(3, 1, 2, (3., 4.))
+SMALL = Size(3, 1, 2, (3., 4.), train_seconds=(3., 4.))
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +35,7 @@ def test_records_have_the_official_fields_and_units(root):
             raw = np.load(root/FOLDERS[split]/r['video_timestamps'])
             assert raw.dtype == np.int64 and len(raw) == len(r['feedbacks']) == video_info(root/FOLDERS[split]/r['long_range_video_file']).frames
             assert 0 <= r['feedback_timestamps'][0] - (raw[0]/1e9 + OFFSET) < 10
-            assert sum(r['is_transition']) == 7 and r['is_transition'][0] and r['is_transition'][-1] and r['feedbacks'][-1] == ''
+            assert sum(r['is_transition']) == (7 if split == 'test' else 4) and r['is_transition'][0] and r['is_transition'][-1] and r['feedbacks'][-1] == ''
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -59,6 +60,14 @@ def test_one_session_lies_on_its_side_and_one_is_silent():
     assert [int(r.id) <= LAST_SIDEWAYS for r in held] == [True] + [False]*6
     assert [all(e.transition for e in r.workout.events) for r in held] == [False, False, True] + [False]*4
     assert not any(is_sideways(f'{r.id}.mp4') for r in plan(3, Size(2, 0, 0, sideways=False)))
+
+
+def test_the_exercise_that_is_new_to_the_tiny_checkpoint_is_in_every_session_and_changes_no_world_without_it():
+    held = list(plan(3))
+    assert sum(r.split == 'test' and any(not e.transition for e in r.workout.events) for r in held) >= 6 and sum(r.split == 'train' for r in held) >= 6
+    assert all(HELD_OUT[0] in r.workout.exercises and len(set(r.workout.exercises)) == (6 if r.split == 'test' else 3) for r in held)
+    other = plan(3, Size(2, 2, 0, exercises=TRAINED, train_exercises=6)), plan(3, Size(2, 2, 0, exercises=TRAINED, always='', train_exercises=6))
+    assert all(a.workout == b.workout and len(a.workout.exercises) == 6 and HELD_OUT[0] not in a.workout.exercises for a, b in zip(*other, strict=True))
 
 
 def test_the_deltoid_stretch_goes_by_its_other_name_in_the_files(root):
@@ -141,7 +150,7 @@ def test_a_world_is_the_same_every_time_and_never_mistaken_for_another(root, tmp
     again = build_world(tmp_path/'again', 5, SMALL, workers=2)
     files = sorted(p.relative_to(root) for p in root.rglob('*') if p.is_file())
     assert files == sorted(p.relative_to(again) for p in again.rglob('*') if p.is_file()) and all((root/f).read_bytes() == (again/f).read_bytes() for f in files)
-    assert json.loads((root/MARKER).read_text())['digest'] == world_digest(5, SMALL) != world_digest(5, Size(3, 1, 2, (3., 5.)))
+    assert json.loads((root/MARKER).read_text())['digest'] == world_digest(5, SMALL) != world_digest(5, Size(3, 1, 2, (3., 5.), train_seconds=(3., 4.)))
     (tmp_path/'other').mkdir()
     (tmp_path/'other'/'file').write_text('x')
     with pytest.raises(FileExistsError): build_world(tmp_path/'other', 5, SMALL)

@@ -37,12 +37,15 @@ VIDEOS = 'long_range_videos'
 @dataclass(frozen=True)
 class Size:
     "How large a world is."
-    test: int = 5 # sessions of the benchmark, with a sideways one and, from the third on, one without coaching
-    train: int = 3 # sessions
-    short: int = 16 # short clips
-    seconds: tuple[float, float] = (11., 15.) # of an exercise
+    test: int = 8 # sessions of the benchmark, with a sideways one and, from the third on, one without coaching
+    train: int = 9 # sessions
+    short: int = 12 # short clips
+    seconds: tuple[float, float] = (7., 9.) # of an exercise in the benchmark
     exercises: tuple[str, ...] = tuple(EXERCISES) # that occur
     sideways: bool = True # the first test session is one
+    always: str = 'toe touches' # the exercise of every session, if it occurs at all
+    train_exercises: int = 3 # of a training session
+    train_seconds: tuple[float, float] = (11., 13.) # of an exercise in a training session
 
 @dataclass(frozen=True)
 class Recording:
@@ -64,6 +67,11 @@ def sample_clock(
     times = np.concatenate([[0.], np.cumsum(gaps)])
     return times[times < seconds]
 
+def _names(rng:np.random.Generator, size:Size, n:int) -> list[str]:
+    names = sample_names(rng, size.exercises, n)
+    if size.always in size.exercises and size.always not in names: names[int(rng.integers(len(names)))] = size.always
+    return names
+
 def plan(
     seed:int=0,
     size:Size=Size(),
@@ -75,7 +83,7 @@ def plan(
         split = 'test' if k < size.test else 'train'
         number = int(rng.integers(1, LAST_SIDEWAYS + 1)) if not k and size.sideways and size.test else int(next(upright))
         own = frame_rng('fitcoach', seed, split, k)
-        workout = sample_workout(own, sample_names(own, size.exercises), size.seconds, idle=split == 'test' and k == 2)
+        workout = sample_workout(own, _names(own, size, 6 if split == 'test' else size.train_exercises), size.seconds if split == 'test' else size.train_seconds, idle=split == 'test' and k == 2)
         yield Recording(split, f'{number:04d}', workout, sample_clock(own, workout.seconds))
 
 # %% ../../nbs/fitcoach/world.ipynb #7d38b3e3
