@@ -29,7 +29,7 @@ def shipped(): return load_stream_vlm(tiny_checkpoint('fitcoach'))
 
 
 @pytest.fixture(scope='module')
-def session(): return seen(Eyes(.05, 16).build(), next(iter(plan(3, Size(0, 1, 0, (4., 5.), TRAINED)))))
+def session(): return seen(Eyes(.05, 16).build(), next(iter(plan(3, Size(0, 1, 0, exercises=TRAINED, train_exercises=6, train_seconds=(4., 5.))))))
 
 
 def test_table_beside_the_weights():

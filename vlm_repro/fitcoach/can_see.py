@@ -32,7 +32,7 @@ from .windows import MODES
 from .world import Size, default_world
 
 # %% ../../nbs/fitcoach/can_see.ipynb #131c3d61
-SEED, WORLD = 77, Size(28, 0, 0, exercises=TRAINED) # a world that training never drew
+SEED, WORLD = 77, Size(28, 0, 0, (11., 15.), TRAINED) # a world that training never drew
 
 def seen_files(
     cnn:torch.nn.Module, # the eyes

@@ -152,7 +152,7 @@ def see_stage(recipe:Recipe, model:StreamVLM, checks:int) -> Iterator[dict[str, 
 
 def look_at(recipe:Recipe, cnn:FitnessCNN, seed:int, n:int) -> list[Seen]:
     "Sessions of a world, looked at."
-    return [seen(cnn, r) for r in plan(seed, Size(0, n, 0, recipe.seconds, TRAINED))]
+    return [seen(cnn, r) for r in plan(seed, Size(0, n, 0, exercises=TRAINED, train_exercises=6, train_seconds=recipe.seconds))]
 
 def train_tiny(
     out:Path|str, # checkpoint folder; the log grows in it
