@@ -1,6 +1,7 @@
 """FitCoach's data: clocks, spans, windows, features on disk, archives; every odd case and every way in which a file can be bad."""
 import json
 import re
+import tarfile
 import zipfile
 from collections import Counter
 from dataclasses import replace
@@ -410,6 +411,35 @@ def test_a_corrupt_part_is_named(parts, tmp_path, k):
     parts[k].write_bytes(held)
     with pytest.raises(DataError, match='state_dict.pth.tar.') as e: join(parts, tmp_path/'out')
     assert parts[k].name in str(e.value) and not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('k', range(6))
+def test_a_corrupt_part_of_a_tar_is_named(parts, tmp_path, k):
+    with tarfile.open(tmp_path/'whole.tar', 'w') as tar: tar.add(tmp_path/'whole', 'state_dict.pth')
+    data = (tmp_path/'whole.tar').read_bytes()
+    data = data[:data.rindex(b'PK') + 600]
+    size = -(-len(data)//6)
+    for i, path in enumerate(parts): path.write_bytes(data[i*size:(i + 1)*size])
+    assert verify(parts) == 'tar'
+    held = bytearray(parts[k].read_bytes())
+    held[len(held)//2] ^= 255
+    parts[k].write_bytes(held)
+    with pytest.raises(DataError, match=parts[k].name): verify(parts)
+
+
+def test_a_tar_of_files_without_checksums_says_so(tmp_path):
+    (tmp_path/'label2int.json').write_text('{"localized": {}}')
+    with tarfile.open(tmp_path/'m.tar', 'w') as tar: tar.add(tmp_path/'label2int.json', 'label2int.json')
+    assert verify([tmp_path/'m.tar']) == 'tar, by its headers'
+
+
+def test_a_joined_file_of_the_right_size_and_other_bytes_is_not_kept(parts, tmp_path):
+    good = (tmp_path/'whole').read_bytes()
+    (tmp_path/'out').write_bytes(b'0'*len(good))
+    assert join(parts, tmp_path/'out').read_bytes() == good
+    before = (tmp_path/'out').stat().st_mtime_ns
+    assert join(parts, tmp_path/'out').stat().st_mtime_ns == before
+    with pytest.raises(DataError, match='another checksum'): join(parts, tmp_path/'out', {parts[0].name: 'sha256:' + '0'*64})
 
 
 def test_cut_missing_and_swapped_parts(parts):

@@ -80,52 +80,72 @@ def check_parts(
     bad = [Path(p).name for p in parts if (told := checksums.get(Path(p).name)) and checksum_of(Path(p), told.partition(':')[0]) != told.lower()]
     if bad: raise DataError(f'{", ".join(bad)}: another checksum than published; fetch {"it" if len(bad) == 1 else "them"} again')
 
-def _check_zip(file:PartsFile) -> None:
-    try: archive = zipfile.ZipFile(io.BufferedReader(file))
-    except zipfile.BadZipFile as e: raise DataError(f'{file.parts[-1].name}: the list at the end of the archive cannot be read ({e}); the last part is damaged or missing') from e
+def _check_zip(file:PartsFile, inside:BinaryIO, begin:int, end:int) -> None:
+    try: archive = zipfile.ZipFile(inside)
+    except zipfile.BadZipFile as e: raise DataError(f'{file.names(end - 1, end)}: the list at the end of the archive cannot be read ({e}); the last part is damaged or missing') from e
     for info in archive.infolist():
-        end = info.header_offset + 30 + len(info.filename.encode()) + len(info.extra) + info.compress_size
+        at = begin + info.header_offset
+        to = at + 30 + len(info.filename.encode()) + len(info.extra) + info.compress_size
         try:
             with archive.open(info) as f:
                 while f.read(BLOCK): pass
         except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as e:
-            raise DataError(f'{file.names(info.header_offset, end)}: {info.filename} is damaged ({e}); fetch that part again') from e
+            raise DataError(f'{file.names(at, to)}: {info.filename} is damaged ({e}); fetch that part again') from e
 
-def _check_tar(file:PartsFile) -> None:
-    at = 0
+def _check_member(file:PartsFile, archive:tarfile.TarFile, info:tarfile.TarInfo) -> bool: # whether it could be checked
+    if not info.size: return True
+    inside = archive.extractfile(info)
+    if inside is None or inside.read(2) != b'PK': return False
+    inside.seek(0)
+    _check_zip(file, inside, info.offset_data, info.offset_data + info.size)
+    return True
+
+def _check_tar(file:PartsFile) -> str:
+    at, checked = 0, []
     try:
         with tarfile.open(fileobj=io.BufferedReader(file), mode='r:') as archive:
-            for info in archive: at = info.offset_data + (info.size + 511)//512*512
+            for info in archive:
+                at = info.offset_data + (info.size + 511)//512*512
+                if at <= file.ends[-1]: checked.append(_check_member(file, archive, info))
     except (tarfile.TarError, EOFError, OSError) as e: raise DataError(f'{file.names(at, at + 512)}: no entry of an archive begins at byte {at} ({e}); fetch that part again') from e
     if at > file.ends[-1]: raise DataError(f'{file.parts[-1].name}: the archive ends at byte {file.ends[-1]} within an entry that goes to {at}; the last part is cut, or one is missing')
     file.seek(at)
     if any(file.read(512) or b''): raise DataError(f'{file.names(at, at + 512)}: no entry of an archive begins at byte {at}; fetch that part again')
+    return 'tar' if all(checked) else 'tar, by its headers'
 
 def verify(
     parts:Sequence[Path|str], # in order; one for an archive in one piece
     checksums:Mapping[str, str]|None=None, # file name → `sha256:…` or `md5:…`, where published
-) -> str: # `zip` or `tar`
+) -> str: # `zip`, `tar`, or `tar, by its headers` where a member has no checksum of its own
     "Raises DataError naming the part that is damaged (source: ours)."
     if checksums: check_parts(parts, checksums)
     with PartsFile(parts) as file:
         head = file.read(512)
         file.seek(0)
-        if head[:2] == b'PK': _check_zip(file); return 'zip'
-        if head[257:262] == b'ustar': _check_tar(file); return 'tar'
+        if head[:2] == b'PK': _check_zip(file, io.BufferedReader(file), 0, file.ends[-1]); return 'zip'
+        if head[257:262] == b'ustar': return _check_tar(file)
     raise DataError(f'{Path(parts[0]).name}: starts with {head[:4]!r}, neither a zip nor a tar file; the first part is damaged, or the parts are not in order')
+
+def _holds(target:Path, parts:Sequence[Path|str]) -> bool:
+    "Whether a file is what its parts make."
+    with PartsFile(parts) as whole, target.open('rb') as f:
+        if target.stat().st_size != whole.ends[-1]: return False
+        joined = io.BufferedReader(whole, BLOCK)
+        while block := f.read(BLOCK):
+            if joined.read(len(block)) != block: return False
+    return True
 
 def join(
     parts:Sequence[Path|str], # in order
     target:Path|str, # the archive; its folder is made
     checksums:Mapping[str, str]|None=None, # file name → `sha256:…` or `md5:…`, where published
 ) -> Path: # the archive
-    "Parts in one file, verified first; a finished file of the right size is kept (source: ours)."
+    "Parts in one file, verified first; a finished file that holds the same bytes is kept (source: ours)."
     target = Path(target)
-    size = sum(Path(p).stat().st_size for p in parts if Path(p).is_file())
-    if target.is_file() and target.stat().st_size == size and all(Path(p).is_file() for p in parts): return target
     verify(parts, checksums)
+    if target.is_file() and _holds(target, parts): return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    require_space(target.parent, size)
+    require_space(target.parent, sum(Path(p).stat().st_size for p in parts))
     part = target.with_name(target.name + '.part')
     with part.open('wb') as out:
         for path in parts:
