@@ -11,7 +11,7 @@ Tokens must be equal, all of them, before anything is timed; `closest_race` is t
 show nothing. `live` is a video file at the speed of time through `fitcoach.live`, with the 3-D CNN at an eighth of its width.
 
 `--base` takes another Llama, taught in the same way: a folder of `transformers` or a GGUF file (row `stream_llama`). `--trained` takes a checkpoint as `save_stream_vlm` writes it, such as `vlm_repro/assets/tiny/fitcoach`, with the clips and
-workouts of the drawn world (row `stream_trained`). `--keep FOLDER` keeps what was taught, for the next run. `--rounds 0` takes the seconds of the pass that compares the tokens, which saves another where
+workouts of the drawn world with exercises of 30 s (row `stream_trained`). `--keep FOLDER` keeps what was taught, and the features of the world, for the next run. `--rounds 0` takes the seconds of the pass that compares the tokens, which saves another where
 each takes minutes. `--device cuda` takes a GPU.
 """
 import argparse
@@ -129,18 +129,25 @@ def of_world(options: argparse.Namespace) -> tuple[Speech, dict[str, list[Clip]]
     from vlm_repro.fitcoach.actions import Rules
     from vlm_repro.fitcoach.annotations import sessions_in
     from vlm_repro.fitcoach.clock import read_clock
-    from vlm_repro.fitcoach.data import label_file, split_folder
+    from vlm_repro.fitcoach.data import label_file, load, split_folder
+    from vlm_repro.fitcoach.decode import stream_prompt
     from vlm_repro.fitcoach.drafts import Drafts
     from vlm_repro.fitcoach.features import source_of
     from vlm_repro.fitcoach.model import load_stream_vlm
+    from vlm_repro.fitcoach.prompt import render
     from vlm_repro.fitcoach.world import Size, default_world
-    model, root = load_stream_vlm(options.trained, device=options.device), default_world(size=Size(test=1, train=1, short=0, seconds=(4., 5.))) if options.quick else default_world()
+    long = Size(test=4, train=0, short=0, seconds=(30.5, 32.))  # clips of 30 s
+    small = Size(test=1, train=1, short=0, seconds=(4., 5.))
+    model, root = load_stream_vlm(options.trained, device=options.device), default_world(size=small) if options.quick else default_world()
+    films = root if options.quick else default_world(size=long)
     with tempfile.TemporaryDirectory() as folder:
-        features = world_split(root, model, Path(folder))
-        sets = {"clips": world_clips(model, root, features, "single_exercise")[:options.films], "workouts": world_clips(model, root, features, "full_workout")[:options.workouts]}
+        features = world_split(films, model, options.keep/"features" if options.keep else Path(folder))
+        sets = {"clips": world_clips(model, films, features, "single_exercise")[:options.films], "workouts": world_clips(model, films, features, "full_workout")[:options.workouts]}
     speech, split = trained(model, root), split_folder(root, "test")
     source = source_of(next(iter(sessions_in(label_file(split, "test")))), split)
-    seen = watched(model, source.video, read_clock(source.clock).tolist(), sets["workouts"][0].prompt, Rules(model.actions), Drafts(speech.known, model.actions.end), source.sideways)
+    text = render(load(root, "test", "full_workout").samples[0], split).messages[0]["content"][0]["text"]
+    prompt = stream_prompt(model.prompt_ids(text), model.actions)
+    seen = watched(model, source.video, read_clock(source.clock).tolist(), prompt, Rules(model.actions), Drafts(speech.known, model.actions.end), source.sideways)
     return speech, sets, {"base": options.trained.name, "live": seen}
 
 

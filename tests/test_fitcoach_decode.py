@@ -23,6 +23,10 @@ class Script:
         self.scripts, self.first = list(scripts), [len(p.ids) - 1 for p in prompts]
         self.held, self.calls = [[] for _ in prompts], 0
 
+    def begin(self, tokens):
+        self.calls += 1
+        for held in self.held: held += [(t, -1) for t in tokens]
+
     def read(self, pieces):
         self.calls += 1
         out = []
@@ -125,10 +129,26 @@ def test_steps_that_come_one_by_one_give_the_same_stream():
     assert [tuple(r.tokens) for r in streams.rows] == [plain_stream(net, p, f, rules).tokens for p, f in zip(prompts, films)]
 
 
-def test_attention_without_masks_is_refused():
-    net = speaker(0)
+def test_the_way_of_attention_does_not_matter_and_stays_as_it_was():
+    net, prompt, film, rules = speaker(0), stream_prompt([1, 7], ACTS), torch.randn(9, 35, 6)*3, Rules(ACTS, 4)
+    plain = plain_stream(net, prompt, film, rules).tokens
     net.config._attn_implementation = 'flash_attention_2'
-    with pytest.raises(ValueError, match='sdpa'): ModelReader(net, [torch.zeros(1, 35, 6)])
+    assert decode_streams(ModelReader(net, [film]), [prompt], [9], rules)[0].tokens == plain
+    assert net.config._attn_implementation == 'flash_attention_2'
+
+
+def test_what_prompts_begin_with_is_read_once():
+    net, rules, same = speaker(4), Rules(ACTS, 5), [1, *range(20, 40)]
+    with torch.no_grad(): net.lm_head.weight[101] = net.lm_head.weight[100] + .5*net.lm_head.weight[101]
+    films, prompts = [torch.randn(n, 35, 6)*3 for n in (30, 12, 1)], [stream_prompt([*same, *rest], ACTS) for rest in ([7, 8], [9], [])]
+    counts = []
+    class Counted(ModelReader):
+        def read(self, pieces):
+            counts.append([len(p.tokens) for p in pieces])
+            return super().read(pieces)
+    ours = decode_streams(Counted(net, films), prompts, [len(f) for f in films], rules)
+    assert [s.tokens for s in ours] == [plain_stream(net, p, f, rules).tokens for p, f in zip(prompts, films)]
+    assert counts[0] == [len(same)] and max(counts[1]) < len(same)
 
 
 def test_old_looks_follow_the_published_mask_on_request():
@@ -250,13 +270,14 @@ def test_a_cache_of_rows_holds_what_was_written_where_it_belongs():
     rng, cache, held = random.Random(0), RowCache(3), [[], [], []]
     for k in range(40):
         new = [rng.randint(0, 9) for _ in held]
-        width = max(*new, 1)
-        at = cache.place(width, torch.device('cpu'))
-        keys = torch.randn(len(held), 2, width, 4)
+        new[0] += not any(new)
+        at = cache.place(new, torch.device('cpu'))[0]
+        keys = torch.randn(1, 2, sum(new), 4)
         seen, values = cache.update(keys, keys + 1, 0)
         for row, n in enumerate(new):
-            assert at[row, 0] == len(held[row])
-            held[row] += [keys[row, :, k] for k in range(n)]
+            first = sum(new[:row])
+            assert not n or at[first] == len(held[row])
+            held[row] += [keys[0, :, first + k] for k in range(n)]
             cache.lengths[row] = len(held[row])
             if n: assert torch.equal(seen[row, :, :len(held[row])], torch.stack(held[row], 1)) and torch.equal(values[row, :, :len(held[row])], torch.stack(held[row], 1) + 1)
             if held[row] and rng.random() < .5:

@@ -106,7 +106,7 @@ class Shown:
         "These steps on their way to values of one layer."
         if attention not in self.held:
             if (len(self.held) + 1)*self.maps.nbytes > self.most: return attention.inner(self.maps.index_select(0, step))
-            self.held[attention] = attention.inner(self.maps)
+            self.held[attention] = torch.cat([attention.inner(part) for part in self.maps.split(128)]) # few enough to stay in the cache of a processor
         return self.held[attention].index_select(0, step)
 
 @dataclass(frozen=True)
