@@ -60,13 +60,16 @@ test-servers: $(STAMP) ## real HTTP servers with real models behind them
 test-slurm: $(STAMP) ## a sweep through a real Slurm on this machine
 	$(PYTEST) -m slurm tests/test_slurm.py
 
-# METEOR needs Java and the extra `metrics`. Elsewhere its tests are skipped with the reason; here that is a failure.
-test-metrics: $(STAMP) ## METEOR by its own program, and the golden values that hold it
+# One METEOR needs Java, the other NLTK with WordNet, and both the extra `metrics`. Elsewhere their tests are skipped with the reason; here that is a failure.
+test-metrics: $(STAMP) ## METEOR by its own program and by NLTK, and the golden values that hold them
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS),metrics]'
-	$(BIN)/python -c 'import sys; from vlm_repro.metrics.meteor import meteor_absence; sys.exit(meteor_absence() or None)'
+	$(BIN)/python tools/nltk_data.py
+	$(BIN)/python -c 'import sys; from vlm_repro.metrics.meteor import meteor_absence; from vlm_repro.metrics.meteor_nltk import meteor_nltk_absence; sys.exit(meteor_absence() or meteor_nltk_absence() or None)'
 	$(PYTEST) tests/test_gpt4scene_metrics.py tests/test_robointer_score.py tests/test_fitcoach_score.py
 	$(PYTEST) tests/test_benchmarks_quick.py -k captions
 	$(BIN)/python tests/golden.py tests/golden --only gpt4scene
+	$(BIN)/python tests/golden.py tests/golden --only fitcoach/meteor
+	$(BIN)/python tests/golden.py tests/golden --only fitcoach/evaluator_end_to_end
 
 lint: $(STAMP) ## unused names, bare and blind excepts, complexity, import order
 	$(BIN)/ruff check tests tools benchmarks setup.py

@@ -415,7 +415,7 @@ def test_a_corrupt_part_is_named(parts, tmp_path, k):
 
 @pytest.mark.parametrize('k', range(6))
 def test_a_corrupt_part_of_a_tar_is_named(parts, tmp_path, k):
-    with tarfile.open(tmp_path/'whole.tar', 'w') as tar: tar.add(tmp_path/'whole', 'state_dict.pth')
+    with tarfile.open(tmp_path/'whole.tar', 'w', format=tarfile.GNU_FORMAT) as tar: tar.add(tmp_path/'whole', 'state_dict.pth')
     data = (tmp_path/'whole.tar').read_bytes()
     data = data[:data.rindex(b'PK') + 600]
     size = -(-len(data)//6)
