@@ -98,8 +98,8 @@ class StreamPreparer:
 
 # %% ../../nbs/fitcoach/train_stream.ipynb #17fd8282
 def _decoded(self:StreamPreparer, system:Sequence[int], taught:Sequence[Taught]) -> Lesson:
-    "The last turn as decoding should write it."
-    def after(prompt:Any, t:Taught) -> Lesson: return lesson(prompt, t.texts, t.times, t.film.clock, self.encode, self.actions)
+    "The last turn as decoding should write it; blanks too many, as the training files have them, are not taught."
+    def after(prompt:Any, t:Taught) -> Lesson: return lesson(prompt, [' '.join(x.split()) for x in t.texts], t.times, t.film.clock, self.encode, self.actions)
     before = None
     if len(taught) > 1: before = Decoded(after(stream_prompt((), self.actions), taught[-2]).ids, 1, 0)
     return after(next_prompt(self._coach, system, before), taught[-1])
