@@ -125,11 +125,11 @@ def clip_f(
 def clip_hits(
     records:Sequence[Mapping[str, Any]], # of `corrected_full.json`
 ) -> dict[str, float]: # clip to its own F, 0 to 1
-    "The same, where a feedback counts only if it has the very text that was due (source: ours)."
+    "The same, where a feedback counts only if it has the very words that were due (source: ours)."
     out = {}
     for r in records:
         n = len(r['feedbacks']) + len(r['pred_feedbacks'])
-        same = sum(r['feedbacks'][i].strip() == r['pred_feedbacks'][j].strip() for i, j in r['pairs'])
+        same = sum(r['feedbacks'][i].split() == r['pred_feedbacks'][j].split() for i, j in r['pairs'])
         out[r['id']] = 2*same/n if n else 1.
     return out
 
