@@ -40,7 +40,7 @@ def test_records_have_the_official_fields_and_units(root):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_the_loader_reads_every_mode(root, mode):
-    for split, expected in (('test', {'no_feedback'}), ('train', {'odd_blanks'})):
+    for split, expected in (('test', {'no_feedback'}), ('train', {'odd_blanks', 'odd_exercises'})):
         data = load(root, split, mode)
         assert data.watermark and {p.label for p in data.problems} <= expected and not any(p.dropped for p in data.problems)
         assert {s.meta['video'] for s in data.samples} == {r.id for r in plan(5, SMALL) if r.split == split and (mode != 'single_exercise' or any(not e.transition for e in r.workout.events))}
