@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from train_streams import CHANNELS, LOOKING, LORA, WORDS, Settings, examples, make, stream_recipe
 from train_toy import losses
 
+from vlm_repro.core.media import MediaError
 from vlm_repro.core.records import Request
 from vlm_repro.fitcoach.model import load_stream_vlm
-from vlm_repro.models.protocol import ModelError, load_model
+from vlm_repro.models.inputs import VisualCounter, load_preparer
+from vlm_repro.models.protocol import ModelError, load_model, tiny_checkpoint
 from vlm_repro.train.assess import as_answering
 from vlm_repro.train.batches import collator
 from vlm_repro.train.data import pool
@@ -218,6 +220,14 @@ def test_evaluations_choose_the_best_step(folder, tmp_path):
     report = fine_tune(stream_recipe(folder, eval_data=val, eval_every=1, best=True, save_every=1, epochs=3), tmp_path / "run", progress=False)
     seen = [row["eval_loss"] for row in read_log(tmp_path / "run" / "log.jsonl") if "eval_loss" in row]
     assert report.best == 1 + int(np.argmin(seen)) and report.metrics["eval_loss"] == pytest.approx(min(seen))
+
+
+def test_a_model_that_sees_no_films_is_not_trained_on_them(folder):
+    preparer = load_preparer(tiny_checkpoint("mmwalk"), True)
+    for example in examples(Settings(str(folder / "films"), 2), "train"):
+        for read in (lambda e: measure_example(preparer, e, VisualCounter(preparer)), lambda e: render_example(preparer, e)):
+            with pytest.raises(MediaError, match="looks at none"):
+                read(example)
 
 
 # ---- bad input

@@ -84,6 +84,7 @@ def image_parts(
 
 def _bare(message:dict[str, Any], eyes:bool) -> dict[str, Any]:
     if isinstance(message['content'], str): return message
+    if film := next((p['film'] for p in message['content'] if p['type'] == 'film'), None): raise MediaError(film, 'a film, and this model looks at none: its chat template would leave it out; give a streaming checkpoint')
     parts = [{'type': 'image'} if p['type'] == 'image' else p for p in message['content']]
     return {**message, 'content': parts if eyes else ''.join(p['text'] for p in parts if p['type'] == 'text')}
 
