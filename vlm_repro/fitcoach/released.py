@@ -8,6 +8,7 @@ Docs: https://vlm-repro.github.io/vlm_repro/fitcoach/released.html.md"""
 __all__ = ['STATES', 'CNN', 'CNN_FOLDER', 'LLAMA2', 'is_released', 'find_cnn', 'load_released']
 
 # %% ../../nbs/fitcoach/released.ipynb #3fd613ab
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,10 @@ def load_released(
     looking = Looking(**{**held, 'layers': tuple(held['layers'])})
     net = hf.AutoModelForCausalLM.from_config(config, dtype=dtype)
     fit_embeddings(net, tokenizer)
-    net, _ = load_language(add_looking(net, looking), folder/STATES, **settings)
+    net, loaded = load_language(add_looking(net, looking), folder/STATES, **settings)
+    if loaded.left: warnings.warn(f'{STATES}: {len(loaded.left)} entries are used by nothing, {loaded.left[0]} first' + (f'; {loaded.why}' if loaded.why else ''))
     if hasattr(net, 'merge_and_unload'): net = net.merge_and_unload()
+    else: warnings.warn(f'{STATES} holds no LoRA: the language model is as it was before it was tuned')
     return StreamVLM(net.eval().to(device), tokenizer, _cnn(folder, looking, device), Eyes(width=looking.feature))
 
 def _cnn(folder:Path, looking:Looking, device:str) -> FitnessCNN | None:
