@@ -16,7 +16,7 @@ from vlm_repro.models.inputs import load_preparer, tokenizer_of
 from vlm_repro.models.originals import random_original
 from vlm_repro.models.protocol import ModelError, load_model
 from vlm_repro.models.transformers import load_net
-from vlm_repro.train import export
+from vlm_repro.train import export, kinds
 from vlm_repro.train.export import agreement, base_of, drawn_requests, merge
 from vlm_repro.train.parts import lora_targets
 
@@ -107,7 +107,7 @@ def test_a_write_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     adapter = tuned(base, tmp_path/'adapter')
 
     def full(*args: object, **kwargs: object) -> None: raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(export, '_preparer', full)
+    monkeypatch.setattr(kinds, 'load_preparer', full)
     with pytest.raises(OSError, match='No space'): merge(adapter, tmp_path/'merged')
     assert not (tmp_path/'merged').exists() and not list(tmp_path.glob('.*.part'))
 

@@ -108,6 +108,11 @@ def _data_root(run:RunData) -> str:
     return ''
 
 # %% ../../nbs/report/viewer.ipynb #0d596481
+def _film(part:Mapping[str, Any]) -> str:
+    "A film of features, by its name and its bounds."
+    end = 'its end' if part.get('end') is None else f'{part["end"]:.1f} s'
+    return f'{PurePosixPath(part["film"]).name}, from {part.get("start") or 0:.1f} s to {end}'
+
 @dataclass
 class _Page:
     gallery: Gallery
@@ -123,7 +128,8 @@ class _Page:
         return self.pool[key]
 
     def _part(self, part:Mapping[str, Any], names:Mapping[str, str]) -> list[Any]:
-        if part['type'] != 'image': return ['text', str(part.get('text', part))]
+        if part['type'] == 'film': return ['text', _film(part)]
+        if part['type'] != 'image': return ['text', str(part.get('text', f'a part of kind {part["type"]}'))]
         i = self.gallery.add(part)
         return ['image', i, '' if is_frame(part) else names.get(self.gallery.shown(part), '')]
 
